@@ -1,0 +1,1 @@
+"""Mechanism: how a callable becomes graphs, one per batch-size bucket."""

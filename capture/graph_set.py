@@ -1,0 +1,83 @@
+"""The captured graphs of one program: one pool, one graph for a key, no capture once sealed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from graphexec.errors import CaptureError
+from graphexec.plan import GraphKey
+from graphexec.runtime import Graph, Runtime, Stream
+
+__all__ = ["GraphSet", "frozen_garbage_collection"]
+
+
+@contextmanager
+def frozen_garbage_collection() -> Iterator[None]:
+    """Keeps the collector from freeing device memory, modules or streams in the middle of a capture."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+class GraphSet:
+    """Graphs whose replays never overlap (one stream), and which therefore share a memory pool."""
+
+    def __init__(self, runtime: Runtime, stream: Stream) -> None:
+        self._runtime = runtime
+        self._stream = stream
+        self._pool = runtime.pool()
+        self._graphs: dict[GraphKey, Graph] = {}
+        self._sealed = False
+
+    def get(self, key: GraphKey) -> Graph | None:
+        return self._graphs.get(key)
+
+    def capture(self, key: GraphKey, work: Callable[[], None]) -> Graph:
+        """Captures `work` as the graph for `key`.
+
+        Raises:
+            CaptureError: the set is sealed, or the capture failed; the cause is chained, and other graphs still work.
+        """
+        if self._sealed:
+            raise CaptureError(f"The graph set is sealed, and has no graph for the {key}.")
+        try:
+            graph = self._runtime.capture(work, self._stream, self._pool)
+        except Exception as failure:
+            raise CaptureError(
+                f"Capturing the {key} failed: {type(failure).__name__}: {failure} "
+                "A captured step must not wait for the device, read values on the host, or allocate outside torch."
+            ) from failure
+        self._graphs[key] = graph
+        return graph
+
+    def capture_unkeyed(self, work: Callable[[], None]) -> Graph:
+        """Captures work that belongs to no step into the same pool; the caller owns the graph."""
+        return self._runtime.capture(work, self._stream, self._pool)
+
+    def discard(self, key: GraphKey) -> None:
+        """Frees one graph, whose replays have all finished."""
+        self._graphs.pop(key).close()
+
+    def seal(self) -> None:
+        """After this, a step without a graph runs eagerly and is counted; nothing is captured behind one's back."""
+        self._sealed = True
+
+    @property
+    def sealed(self) -> bool:
+        return self._sealed
+
+    def close(self) -> None:
+        """Frees all graphs, then the pool. The stream must have drained (F7)."""
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+        self._pool = None

@@ -1,0 +1,82 @@
+"""The manifest: what was captured, what it costs, and what is missing and why."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from graphexec.plan import GraphKey
+
+__all__ = ["CapturedGraph", "Manifest"]
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """One captured graph.
+
+    Attributes:
+        key: what it serves.
+        nodes: graph nodes; `kernels` of them are kernels.
+        pool_bytes: by how much its capture made the shared pool grow.
+        capture_s: seconds for warming the shape up, capturing and instantiating it.
+        fingerprint: equal for graphs of equal structure.
+        verified: whether its replay was compared with the eager step.
+    """
+
+    key: GraphKey
+    nodes: int
+    kernels: int
+    pool_bytes: int
+    capture_s: float
+    fingerprint: str
+    verified: bool
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Description of a sealed set of graphs.
+
+    Attributes:
+        device: name of the device.
+        versions: of Python, torch and what else decides what is captured.
+        graphs: in the order of capture.
+        missing: keys that were left out, as text, with the reason.
+    """
+
+    device: str
+    versions: dict[str, str]
+    graphs: tuple[CapturedGraph, ...]
+    missing: dict[str, str]
+
+    @classmethod
+    def of(cls, device: torch.device, graphs: Sequence[CapturedGraph], missing: Mapping[GraphKey, str]) -> Manifest:
+        is_cuda = device.type == "cuda"
+        versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+        if is_cuda and torch.version.cuda:
+            versions["cuda"] = torch.version.cuda
+        return cls(
+            device=torch.cuda.get_device_name(device) if is_cuda else "cpu",
+            versions=versions,
+            graphs=tuple(graphs),
+            missing={str(key): reason for key, reason in missing.items()},
+        )
+
+    @property
+    def capture_s(self) -> float:
+        """Seconds that all captures took, verification apart."""
+        return sum(graph.capture_s for graph in self.graphs)
+
+    @property
+    def pool_bytes(self) -> int:
+        return sum(graph.pool_bytes for graph in self.graphs)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"capture_s": self.capture_s, "pool_bytes": self.pool_bytes}, indent=1)
+
+    def write(self, path: Path) -> None:
+        path.write_text(self.to_json() + "\n")

@@ -1,0 +1,61 @@
+"""graphexec: a CUDA-graph execution backend for LLM decode loops. The device drives, the host follows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from graphexec.backends import ExecutionBackend, create_backend
+from graphexec.config import BackendConfig, EngineConfig
+from graphexec.errors import (
+    BucketOverflowError,
+    CaptureError,
+    ConfigError,
+    DeviceError,
+    GraphexecError,
+    PipelineFull,
+    RequestError,
+    StepTimeout,
+)
+from graphexec.pipeline import StepHandle
+from graphexec.plan import DeviceIO, FinishCode, GraphKey, RecordLayout, StepPlan, StepProgram, StepResult
+from graphexec.runtime import create_runtime
+
+if TYPE_CHECKING:
+    from graphexec.engine import Engine, RequestOutput, SamplingParams
+
+__all__ = [
+    "BackendConfig",
+    "BucketOverflowError",
+    "CaptureError",
+    "ConfigError",
+    "DeviceError",
+    "DeviceIO",
+    "Engine",
+    "EngineConfig",
+    "ExecutionBackend",
+    "FinishCode",
+    "GraphKey",
+    "GraphexecError",
+    "PipelineFull",
+    "RecordLayout",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "StepHandle",
+    "StepPlan",
+    "StepProgram",
+    "StepResult",
+    "StepTimeout",
+    "create_backend",
+    "create_runtime",
+]
+
+_OF_ENGINE = ("Engine", "RequestOutput", "SamplingParams")
+
+
+def __getattr__(name: str) -> object:
+    if name in _OF_ENGINE:  # loaded when first used: other engines need no transformers
+        from graphexec import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module 'graphexec' has no attribute {name!r}")

@@ -1,0 +1,71 @@
+"""The contract of an execution backend. No state, no defaults."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from graphexec.capture.manifest import Manifest
+from graphexec.controller import ControllerStats
+from graphexec.pipeline import StepHandle
+from graphexec.plan import GraphKey, StepPlan, StepProgram
+
+__all__ = ["BackendStats", "ExecutionBackend", "Progress"]
+
+Progress = Callable[[int, int, GraphKey], None]
+"""Called with graphs captured so far, graphs in all, and the key just captured."""
+
+
+@dataclass(frozen=True)
+class BackendStats:
+    """Counts since the start.
+
+    Attributes:
+        controller: bounds, real sizes, padding, and eager steps by reason.
+        replays: steps that ran as a graph.
+        wait_us: host time spent waiting for records, microseconds.
+    """
+
+    controller: ControllerStats
+    replays: int
+    wait_us: float
+
+
+class ExecutionBackend(ABC):
+    """Runs the steps of one program. One thread owns it; the order is prepare, warmup, submit ..., close."""
+
+    @abstractmethod
+    def prepare(self, program: StepProgram) -> None:
+        """Takes the program, allocates streams, rings and events, and binds the program to them.
+
+        Raises:
+            ConfigError: the configuration does not fit the program, e.g. a capture size above its slots.
+        """
+
+    @abstractmethod
+    def warmup(self, progress: Progress | None = None) -> Manifest:
+        """Compiles, captures and verifies what steps will need; the state of the slots is the same afterwards.
+
+        Steps must not be in flight. Returns the description of what was captured.
+
+        Raises:
+            CaptureError: a step cannot be captured, or its graph computes something else than the step.
+        """
+
+    @abstractmethod
+    def submit(self, plan: StepPlan) -> StepHandle:
+        """Enqueues one step and returns without waiting for the device.
+
+        Raises:
+            PipelineFull: too many steps were not collected.
+            DeviceError: the device has failed.
+        """
+
+    @abstractmethod
+    def stats(self) -> BackendStats:
+        """Counts; never touches the device."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Waits for the device, then frees graphs and buffers. May be called twice."""

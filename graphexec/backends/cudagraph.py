@@ -1,0 +1,181 @@
+"""The CUDA-graph backend: which graphs to capture, and which one serves a step."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from graphexec.backends.base import BackendStats, ExecutionBackend, Progress
+from graphexec.backends.stepping import EagerLauncher, open_pipeline, preserved_state, run_once, warmup_keys
+from graphexec.capture.graph_set import GraphSet, frozen_garbage_collection
+from graphexec.capture.manifest import CapturedGraph, Manifest
+from graphexec.capture.verify import compare, poison, snapshot
+from graphexec.config import BackendConfig
+from graphexec.errors import CaptureError
+from graphexec.pipeline import Pipeline, StepHandle
+from graphexec.plan import GraphKey, StepPlan, StepProgram
+from graphexec.rings import RING_SLOTS
+from graphexec.runtime import Graph, Runtime
+
+__all__ = ["CudaGraphBackend"]
+
+_log = logging.getLogger(__name__)
+
+
+class CudaGraphBackend(ExecutionBackend):
+    """Replays one graph for a decode step; idle steps and steps with prompt chunks run eagerly, and are counted."""
+
+    def __init__(self, config: BackendConfig, runtime: Runtime) -> None:
+        self._config = config
+        self._runtime = runtime
+        self._pipeline: Pipeline | None = None
+        self._graphs: GraphSet | None = None
+
+    def prepare(self, program: StepProgram) -> None:
+        self._program = program
+        self._pipeline = open_pipeline(self._config, self._runtime, program)
+        self._graphs = GraphSet(self._runtime, self._pipeline.compute)
+        self._launcher = _GraphLauncher(program, self._pipeline, self._graphs, self._config)
+
+    def warmup(self, progress: Progress | None = None) -> Manifest:
+        pipeline, graphs = self._prepared()
+        keys = warmup_keys(self._program, pipeline)
+        captured: list[CapturedGraph] = []
+        missing: dict[GraphKey, str] = {}
+        with self._runtime.activated(), preserved_state(self._program, pipeline), frozen_garbage_collection():
+            for index, key in enumerate(keys):
+                try:
+                    captured.append(self._capture(key, pipeline, graphs))
+                except CaptureError as failure:
+                    if not isinstance(failure.__cause__, torch.OutOfMemoryError):
+                        raise
+                    missing[key] = "out of memory"
+                    _log.warning("No graph for the %s: out of memory. It will run eagerly.", key)
+                if progress is not None:
+                    progress(index + 1, len(keys), key)
+            self._launcher.capture_uploads()
+        if not self._config.lazy_capture:
+            graphs.seal()
+        return Manifest.of(self._runtime.device, captured, missing)
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        pipeline, _ = self._prepared()
+        return pipeline.submit(plan, self._launcher)
+
+    def stats(self) -> BackendStats:
+        pipeline, _ = self._prepared()
+        return BackendStats(pipeline.controller.stats(), self._launcher.replays, pipeline.wait_s * 1e6)
+
+    def close(self) -> None:
+        if self._pipeline is None or self._graphs is None:
+            return
+        self._pipeline.close()
+        if self._pipeline.drained:
+            self._launcher.close()
+            self._graphs.close()
+
+    def _prepared(self) -> tuple[Pipeline, GraphSet]:
+        assert self._pipeline is not None, "prepare() comes first"
+        assert self._graphs is not None
+        return self._pipeline, self._graphs
+
+    def _capture(self, key: GraphKey, pipeline: Pipeline, graphs: GraphSet) -> CapturedGraph:
+        started = time.perf_counter()
+        try:
+            run_once(self._program, pipeline, key)  # compiles kernels and allocates workspaces outside of the capture
+        except torch.OutOfMemoryError as failure:
+            raise CaptureError(f"The {key} does not fit into memory.") from failure
+        used_before = self._runtime.used()
+        graph = graphs.capture(key, lambda: self._program.step(key))
+        grown = self._runtime.used() - used_before
+        seconds = time.perf_counter() - started
+        if self._config.verify:
+            self._verify(key, pipeline, graphs)
+        info = graph.describe()
+        return CapturedGraph(
+            key, info.nodes, info.kernels, grown, seconds, info.fingerprint, verified=self._config.verify
+        )
+
+    def _verify(self, key: GraphKey, pipeline: Pipeline, graphs: GraphSet) -> None:
+        graph = graphs.get(key)
+        assert graph is not None
+        program, compute = self._program, pipeline.compute
+        generator = torch.Generator().manual_seed(key.rows)
+        state = [*program.state(), pipeline.io.ring, pipeline.io.counter]
+        observed = list(program.observed(key))
+        inputs: list[torch.Tensor] = []
+        eager: list[torch.Tensor] = []
+        replayed: list[torch.Tensor] = []
+
+        def run_eagerly() -> None:
+            program.exercise(key, generator)
+            poison([pipeline.io.ring, *observed])
+            inputs.extend(snapshot(state))
+            program.step(key)
+            eager.extend(snapshot([*state, *observed]))
+            for tensor, value in zip(state, inputs, strict=True):
+                tensor.copy_(value)
+            poison(observed)
+
+        compute.run(run_eagerly)
+        compute.launch(graph)
+        compute.run(lambda: replayed.extend(snapshot([*state, *observed])))
+        pipeline.synchronize()
+        compute.run(lambda: compare(key, eager, replayed))
+        pipeline.synchronize()
+
+
+class _GraphLauncher(EagerLauncher):
+    """Launches the graph of a key, or says why there is none and runs the step eagerly."""
+
+    def __init__(self, program: StepProgram, pipeline: Pipeline, graphs: GraphSet, config: BackendConfig) -> None:
+        super().__init__(program, pipeline)
+        self._graphs = graphs
+        self._uploads: list[Graph] = []
+        self._config = config
+        self.replays = 0
+
+    def capture_uploads(self) -> None:
+        """One small graph for each staging slot: a copy and the apply kernel then cost a single launch."""
+        for slot in range(RING_SLOTS):
+            self._uploads.append(self._graphs.capture_unkeyed(partial(self.apply, slot)))
+
+    def upload(self, staging_slot: int) -> Callable[[], None]:
+        if not self._uploads:
+            return super().upload(staging_slot)
+        return partial(self.pipeline.compute.launch, self._uploads[staging_slot])
+
+    def step(self, key: GraphKey) -> Callable[[], None]:
+        if key.phase == "idle":
+            return self._eagerly(key, "idle")
+        if key.phase == "mixed":
+            return self._eagerly(key, "prompt chunks")
+        graph = self._graphs.get(key)
+        if graph is None and not self._graphs.sealed:
+            graph = self._capture_now(key)
+        if graph is None:
+            if self._config.strict:
+                raise CaptureError(
+                    f"There is no graph for the {key}, and strict=true refuses to run it eagerly. "
+                    "Add its size to capture_sizes, or set strict=false."
+                )
+            return self._eagerly(key, "no graph")
+        self.replays += 1
+        return partial(self.pipeline.compute.launch, graph)
+
+    def close(self) -> None:
+        for graph in self._uploads:
+            graph.close()
+
+    def _eagerly(self, key: GraphKey, reason: str) -> Callable[[], None]:
+        self.pipeline.controller.count_eager(reason)
+        return super().step(key)
+
+    def _capture_now(self, key: GraphKey) -> Graph:
+        with preserved_state(self.program, self.pipeline):
+            run_once(self.program, self.pipeline, key)
+            return self._graphs.capture(key, lambda: self.program.step(key))

@@ -1,0 +1,268 @@
+"""The command line: `generate`, `warmup`, `env`. Exit codes: 0, 1 for a failed run, 2 for bad input."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from graphexec.capture.manifest import Manifest
+from graphexec.config import BackendConfig, EngineConfig, backend_names, read_toml
+from graphexec.engine import Engine, EngineStats, RequestOutput, SamplingParams
+from graphexec.engine.loader import load_config, model_folder
+from graphexec.engine.resolve import resolve
+from graphexec.errors import ConfigError, GraphexecError, RequestError
+from graphexec.plan import GraphKey
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="CUDA-graph execution backend for LLM decode.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+_notes = Console(stderr=True, highlight=False)
+
+Model = Annotated[str | None, typer.Option(help="Checkpoint folder, or the name of a bundled model.")]
+LoadFormat = Annotated[str | None, typer.Option(help='"auto", or "random" for random weights from a bare config.')]
+DeviceOption = Annotated[str | None, typer.Option(help='"auto", "cpu" or "cuda".')]
+Dtype = Annotated[str | None, typer.Option(help='"auto", "bfloat16", "float16", "float32" or "float64".')]
+Backend = Annotated[str | None, typer.Option(help='"cudagraph", "eager", or a registered name.')]
+Depth = Annotated[int | None, typer.Option(help="Steps submitted ahead of the one being collected, 0 to 4.")]
+Compile = Annotated[str | None, typer.Option(help='torch.compile: "model", "layer" or "off".')]
+MaxNumSeqs = Annotated[int | None, typer.Option(help="Requests that run at the same time.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt plus output, tokens.")]
+Config = Annotated[Path | None, typer.Option(help="TOML file with the settings of EngineConfig.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log every decision.")]
+
+
+def main() -> None:
+    """Runs the command line; every expected error becomes one line and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except (ConfigError, RequestError) as error:
+        _notes.print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except GraphexecError as error:
+        _notes.print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Texts to continue.", show_default=False)],
+    model: Model = None,
+    load_format: LoadFormat = None,
+    device: DeviceOption = None,
+    dtype: Dtype = None,
+    backend: Backend = None,
+    overlap_depth: Depth = None,
+    compile: Compile = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_model_len: MaxModelLen = None,
+    config: Config = None,
+    max_tokens: Annotated[int, typer.Option(help="Most output tokens of a prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 for all.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the random numbers, with a temperature.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Continue PROMPTs: the text goes to standard output as it comes, the figures to standard error."""
+    _set_up_logging(verbose)
+    settings = {
+        "model": model, "load_format": load_format, "device": device, "dtype": dtype, "compile": compile,
+        "max_num_seqs": max_num_seqs, "max_model_len": max_model_len,
+    }  # fmt: skip
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    # No more slots than prompts: capturing a ladder of 256 to serve one prompt would only make it wait.
+    engine_config = _engine_config(config, settings, backend, overlap_depth, default_slots=min(len(prompts), 256))
+    with Engine(engine_config) as engine:
+        refused = _stream_all(engine, prompts, params)
+    if refused:
+        raise typer.Exit(2)
+
+
+@app.command()
+def warmup(
+    model: Model = None,
+    load_format: LoadFormat = None,
+    device: DeviceOption = None,
+    dtype: Dtype = None,
+    backend: Backend = None,
+    overlap_depth: Depth = None,
+    compile: Compile = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_model_len: MaxModelLen = None,
+    config: Config = None,
+    manifest: Annotated[Path, typer.Option(help="Where to write the manifest.")] = Path("graphexec-manifest.json"),
+    verbose: Verbose = False,
+) -> None:
+    """Compile, capture and verify everything that the configuration needs, and write down what was captured."""
+    _set_up_logging(verbose)
+    settings = {
+        "model": model, "load_format": load_format, "device": device, "dtype": dtype, "compile": compile,
+        "max_num_seqs": max_num_seqs, "max_model_len": max_model_len,
+    }  # fmt: skip
+    engine_config = _engine_config(config, settings, backend, overlap_depth, default_slots=None)
+    started = time.perf_counter()
+    columns = (TextColumn("capturing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, TimeElapsedColumn(), console=_notes) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int, key: GraphKey) -> None:
+            bar.update(task, completed=done, total=total, description=str(key))
+
+        with Engine(engine_config, progress=show) as engine:
+            captured = engine.manifest
+    captured.write(manifest)
+    Console().print(_manifest_table(captured))
+    seconds = time.perf_counter() - started
+    _notes.print(
+        f"{len(captured.graphs)} graphs on {captured.device} in {captured.capture_s:.2f} s, "
+        f"{captured.pool_bytes / 2**20:.0f} MiB; ready after {seconds:.1f} s; manifest in {manifest}",
+        markup=False,
+    )
+    for key, reason in captured.missing.items():
+        _notes.print(f"no graph for the {key}: {reason}", markup=False)
+
+
+@app.command()
+def env(model: Model = None, config: Config = None) -> None:
+    """Print what the machine offers, and the configuration with every open question decided."""
+    console = Console(highlight=False)
+    machine = Table("machine", "", show_header=False, title="Machine")
+    for name, value in _machine():
+        machine.add_row(name, value)
+    console.print(machine)
+    engine_config = _engine_config(config, {"model": model}, None, None, default_slots=None)
+    resolved = resolve(engine_config, load_config(model_folder(engine_config.model)))
+    table = Table("setting", "value", "why", title="Configuration")
+    for name in EngineConfig.model_fields:
+        if name == "backend":
+            continue
+        asked = getattr(engine_config, name)
+        value = getattr(resolved, name, asked)
+        default = "measured after loading" if value is None else "as configured"
+        table.add_row(name, str(value), resolved.reasons.get(name, default))
+    for name, value in engine_config.backend.model_dump().items():
+        table.add_row(f"backend.{name}", str(value), "as configured")
+    console.print(table)
+
+
+def _stream_all(engine: Engine, prompts: list[str], params: SamplingParams) -> bool:
+    """Prints the prompts' texts one below the other, each as it comes; returns whether some prompt was refused."""
+    ids: list[str] = []
+    refused = False
+    for prompt in prompts:
+        try:
+            ids.append(engine.add_request(prompt, params))
+        except RequestError as refusal:
+            refused = True
+            _notes.print(f"error: prompt {prompt!r}: {refusal}", markup=False, soft_wrap=True)
+    started = time.perf_counter()
+    latest: dict[str, RequestOutput] = {}
+    failed: list[RequestOutput] = []
+    shown, printed, tokens = 0, 0, 0
+    while engine.has_unfinished():
+        for output in engine.step():
+            latest[output.request_id] = output
+            tokens += len(output.new_token_ids)
+            if output.finish_reason == "error":
+                failed.append(output)
+        while shown < len(ids) and ids[shown] in latest:
+            output = latest[ids[shown]]
+            sys.stdout.write(output.text[printed:])
+            sys.stdout.flush()
+            printed = len(output.text)
+            if not output.finished:
+                break
+            sys.stdout.write("\n")
+            shown, printed = shown + 1, 0
+    _notes.print(_figures(engine, tokens, time.perf_counter() - started), markup=False, soft_wrap=True)
+    if failed:
+        raise GraphexecError("; ".join(f"request {output.request_id}: {output.error}" for output in failed))
+    return refused
+
+
+def _figures(engine: Engine, tokens: int, seconds: float) -> str:
+    stats: EngineStats = engine.stats()
+    per_step = stats.host_us / max(stats.steps, 1)
+    return (
+        f"[{engine.config.model} on {engine.resolved.device}: {tokens} tokens in {seconds:.2f} s, "
+        f"{tokens / seconds:.0f} tokens/s, {stats.replays} of {stats.steps} steps as graphs, "
+        f"depth {engine.config.backend.overlap_depth}, host {per_step:.0f} us a step]"
+    )
+
+
+def _engine_config(
+    path: Path | None,
+    settings: Mapping[str, object],
+    backend: str | None,
+    overlap_depth: int | None,
+    default_slots: int | None,
+) -> EngineConfig:
+    """The settings of the file, overridden by those of the command line."""
+    values: dict[str, Any] = read_toml(path) if path is not None else {}
+    values |= {name: value for name, value in settings.items() if value is not None}
+    options = {"name": backend, "overlap_depth": overlap_depth}
+    chosen = {name: value for name, value in options.items() if value is not None}
+    section = values.get("backend", {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{path}: backend must be a table, [backend].")
+    values["backend"] = BackendConfig(**(section | chosen))
+    if default_slots is not None:
+        values.setdefault("max_num_seqs", max(default_slots, 1))
+    return EngineConfig(**values)
+
+
+def _manifest_table(manifest: Manifest) -> Table:
+    table = Table("bucket", "rows", "sampler", "nodes", "kernels", "pool MiB", "ms", "verified", "fingerprint")
+    for graph in manifest.graphs:
+        table.add_row(
+            str(graph.key.bucket),
+            str(graph.key.rows),
+            graph.key.variant,
+            str(graph.nodes),
+            str(graph.kernels),
+            f"{graph.pool_bytes / 2**20:.1f}",
+            f"{graph.capture_s * 1e3:.1f}",
+            "yes" if graph.verified else "no",
+            graph.fingerprint,
+        )
+    return table
+
+
+def _machine() -> list[tuple[str, str]]:
+    rows = [("python", platform.python_version()), ("torch", str(torch.__version__))]
+    for package in ("graphexec", "cuda-python", "triton", "transformers"):
+        try:
+            rows.append((package, version(package)))
+        except PackageNotFoundError:
+            rows.append((package, "not installed"))
+    rows.append(("backends", ", ".join(backend_names())))
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} SMs"
+        rows.append((f"cuda:{index}", f"{properties.name}, {memory}"))
+    if not torch.cuda.is_available():
+        rows.append(("cuda", "no device; the CPU runtime serves"))
+    return rows
+
+
+def _set_up_logging(verbose: bool) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)

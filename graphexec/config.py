@@ -1,0 +1,181 @@
+"""What a user can configure: frozen models that refuse unknown names. `None` means "decide for me" (see resolve.py)."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from graphexec.errors import ConfigError
+
+__all__ = [
+    "BACKEND_GROUP",
+    "BackendConfig",
+    "CompileMode",
+    "Device",
+    "Dtype",
+    "EngineConfig",
+    "backend_names",
+    "read_toml",
+]
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+CompileMode = Literal["model", "layer", "off"]
+BACKEND_GROUP = "graphexec.backends"
+"""Entry-point group of backends: callables `(config, runtime) -> ExecutionBackend`."""
+_BUILT_IN = ("cudagraph", "eager")
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as failure:
+            raise ConfigError(_explain(type(self), failure)) from None
+
+
+class BackendConfig(_Config):
+    """How steps are executed.
+
+    Attributes:
+        name: "cudagraph", "eager", or a name registered under the entry-point group `graphexec.backends`.
+        overlap_depth: steps submitted ahead of the one being collected, 0 to 4. 0 is the classical loop.
+        capture_sizes: batch sizes (slots) to capture; None for 1, 2, 4, then steps of 8 to 256, then of 16.
+        prefill_sizes: padded row counts of steps with prompt chunks; None for a ladder of about 12 % steps.
+        lazy_capture: capture a missing graph when it is first needed, which stalls that step.
+        strict: refuse, instead of counting, a decode step that has no graph.
+        verify: compare every graph with the eager step after its capture.
+        overlap_prefill: let steps with prompt chunks overlap too; false drains the pipeline around them.
+        step_timeout_s: seconds after which a step that has not finished is an error.
+    """
+
+    name: str = "cudagraph"
+    overlap_depth: Annotated[int, Field(ge=0, le=4)] = 1
+    capture_sizes: tuple[PositiveInt, ...] | None = None
+    prefill_sizes: tuple[PositiveInt, ...] | None = None
+    lazy_capture: bool = False
+    strict: bool = False
+    verify: bool = True
+    overlap_prefill: bool = True
+    step_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+
+    @field_validator("name")
+    @classmethod
+    def _registered(cls, name: str) -> str:
+        known = backend_names()
+        if name not in known:
+            raise ValueError(f"there is no such backend. {_nearest(name, known)}")
+        return name
+
+    @field_validator("capture_sizes", "prefill_sizes")
+    @classmethod
+    def _distinct(cls, sizes: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if sizes is not None and (not sizes or len(set(sizes)) != len(sizes)):
+            raise ValueError("it must name at least one size, and none twice")
+        return sizes
+
+
+class EngineConfig(_Config):
+    """The bundled engine: which model, where, how large, and how its steps are executed.
+
+    Attributes:
+        model: a folder with a Hugging Face checkpoint, or the name of a model in the package.
+        load_format: "auto" reads the weights; "random" needs only config.json and draws them with `seed`.
+        device: "auto" takes a CUDA device if there is one.
+        dtype: of weights, activations and KV cache; "auto" is the checkpoint's on CUDA and float32 on the CPU.
+        max_num_seqs: slots, i.e. requests that run at the same time.
+        max_model_len: longest prompt plus output, tokens; None for what the model allows, at most 4096.
+        max_num_batched_tokens: most rows of a step with prompt chunks; None for max(2048, max_num_seqs).
+        kv_block_size: tokens of a KV block, a power of two from 8 to 256.
+        num_kv_blocks: KV blocks beside the reserved one; None to size the cache by the free memory.
+        kv_memory_fraction: share of the free device memory that a cache sized by itself may take.
+        max_stop_token_ids: width of the table of stop ids of a slot, the model's own included.
+        seed: of random weights, and of requests that bring none.
+        compile: torch.compile of the whole "model", of each "layer", or "off"; None: "layer" on CUDA, else "off".
+        backend: see BackendConfig.
+    """
+
+    model: str = "tiny-random"
+    load_format: Literal["auto", "random"] = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 256
+    max_model_len: PositiveInt | None = None
+    max_num_batched_tokens: PositiveInt | None = None
+    kv_block_size: Annotated[int, Field(ge=8, le=256)] = 16
+    num_kv_blocks: PositiveInt | None = None
+    kv_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    max_stop_token_ids: Annotated[int, Field(ge=1, le=128)] = 16
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    compile: CompileMode | None = None
+    backend: BackendConfig = BackendConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kv_block_size & (self.kv_block_size - 1):
+            raise ValueError(f"kv_block_size={self.kv_block_size} is not a power of two.")
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
+                "a step must hold one token of every running request."
+            )
+        largest = max(self.backend.capture_sizes or (1,))
+        if largest > self.max_num_seqs:
+            raise ValueError(f"backend.capture_sizes has {largest}, above max_num_seqs={self.max_num_seqs}.")
+        return self
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Self:
+        """Reads a TOML file: these fields at the top level, the backend's in the table `[backend]`.
+
+        Raises:
+            ConfigError: the file cannot be read, is not TOML, or has a wrong name or value.
+        """
+        return cls(**read_toml(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except OSError as failure:
+        raise ConfigError(f"Cannot read {path}: {failure.strerror}.") from failure
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as failure:
+        raise ConfigError(f"{path} is not TOML: {failure}.") from failure
+
+
+def backend_names() -> list[str]:
+    """The names that a backend can be chosen by on this machine."""
+    return sorted({*_BUILT_IN, *(point.name for point in entry_points(group=BACKEND_GROUP))})
+
+
+def _explain(model: type[BaseModel], failure: ValidationError) -> str:
+    return " ".join(_explain_one(model, dict(error)) for error in failure.errors())
+
+
+def _explain_one(model: type[BaseModel], error: dict[str, Any]) -> str:
+    path = [str(part) for part in error["loc"]]
+    name = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        owner = BackendConfig if path[0] == "backend" else model
+        return f"Unknown setting {name!r}. {_nearest(path[-1], list(owner.model_fields))}"
+    reason = str(error["msg"]).removeprefix("Value error, ").rstrip(".")
+    return f"{name}={error['input']!r} is not possible: {reason}." if name else f"{reason}."
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."

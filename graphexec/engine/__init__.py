@@ -1,0 +1,7 @@
+"""The bundled engine: continuous batching over an execution backend, and the first user of its public API."""
+
+from graphexec.engine.engine import Engine, EngineStats
+from graphexec.engine.params import SamplingParams
+from graphexec.engine.request import RequestOutput, TokenLogprobs
+
+__all__ = ["Engine", "EngineStats", "RequestOutput", "SamplingParams", "TokenLogprobs"]

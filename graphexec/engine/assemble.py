@@ -1,0 +1,129 @@
+"""Puts an engine together: model, KV cache, program, backend, in the order that sizes depend on each other."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphexec.backends import ExecutionBackend, Progress, create_backend
+from graphexec.capture.manifest import Manifest
+from graphexec.config import CompileMode, EngineConfig
+from graphexec.engine.architectures import Decoder
+from graphexec.engine.cache_size import measure_num_blocks, minimal_num_blocks
+from graphexec.engine.detokenizer import Tokenizer
+from graphexec.engine.loader import load_config, load_model, load_tokenizer, model_folder
+from graphexec.engine.program import DecoderProgram
+from graphexec.engine.resolve import ResolvedConfig, kv_block_bytes, resolve
+from graphexec.errors import ConfigError
+from graphexec.runtime import Runtime, create_runtime
+from graphexec.slots import SlotLimits
+
+__all__ = ["Assembly", "assemble"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of an engine, ready to run.
+
+    Attributes:
+        num_blocks: KV blocks, the reserved one included.
+    """
+
+    resolved: ResolvedConfig
+    backend: ExecutionBackend
+    program: DecoderProgram
+    manifest: Manifest
+    limits: SlotLimits
+    num_blocks: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer: Tokenizer | None
+
+
+def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
+    """Loads the model, sizes the KV cache, compiles, captures.
+
+    Raises:
+        ConfigError, CaptureError: see Engine.
+    """
+    folder = model_folder(config.model)
+    model_config = load_config(folder)
+    resolved = resolve(config, model_config)
+    runtime = create_runtime(resolved.device)
+    tokenizer = load_tokenizer(folder)
+    load_format = "random" if config.model == "tiny-random" else config.load_format
+    loaded = load_model(folder, model_config, load_format, resolved.device, resolved.dtype, config.seed)
+    decoder = Decoder(loaded.model)
+    compile_decoder(decoder, resolved.compile)
+    limits = SlotLimits(
+        max_slots=config.max_num_seqs,
+        max_tokens=resolved.max_model_len,
+        # Beside the chunks, a step may be launched with a row for every slot that its bound counts.
+        max_rows=resolved.max_num_batched_tokens + config.max_num_seqs,
+        block_size=config.kv_block_size,
+        max_stop_ids=config.max_stop_token_ids,
+    )
+    program = DecoderProgram(decoder, loaded.model.lm_head, limits)
+    num_blocks = _size_cache(config, resolved, runtime, program, decoder, model_config)
+    allocate_caches(decoder, num_blocks, config.kv_block_size)
+    backend = create_backend(config.backend, runtime)
+    try:
+        backend.prepare(program)
+        manifest = backend.warmup(progress)
+    except BaseException:
+        backend.close()
+        raise
+    return Assembly(
+        resolved=resolved,
+        backend=backend,
+        program=program,
+        manifest=manifest,
+        limits=limits,
+        num_blocks=num_blocks,
+        vocab_size=int(model_config.vocab_size),
+        eos_token_ids=loaded.eos_token_ids,
+        tokenizer=tokenizer,
+    )
+
+
+def compile_decoder(decoder: Decoder, mode: CompileMode) -> None:
+    """Compiles the decoder in place: two compilations, for one row and for several, since no number is read inside."""
+    if mode == "model":
+        decoder.compile(dynamic=True, fullgraph=True)
+    elif mode == "layer":
+        for layer in decoder.layers:
+            layer.compile(dynamic=True, fullgraph=True)
+
+
+def allocate_caches(decoder: Decoder, num_blocks: int, block_size: int) -> None:
+    """Gives every layer a KV cache of `num_blocks` blocks."""
+    for attention in decoder.attentions:
+        attention.allocate_cache(num_blocks, block_size)
+
+
+def _size_cache(
+    config: EngineConfig,
+    resolved: ResolvedConfig,
+    runtime: Runtime,
+    program: DecoderProgram,
+    decoder: Decoder,
+    model_config: Any,
+) -> int:
+    """Number of KV blocks, the reserved one included."""
+    limits = program.limits
+    if resolved.num_kv_blocks is not None:
+        return resolved.num_kv_blocks + 1
+    block_bytes = kv_block_bytes(model_config, config.kv_block_size, resolved.dtype)
+    try:
+        allocate_caches(decoder, minimal_num_blocks(limits), config.kv_block_size)
+        return measure_num_blocks(program, limits, config.backend, runtime, block_bytes, config.kv_memory_fraction)
+    except torch.OutOfMemoryError as failure:
+        raise ConfigError(
+            "The model and its largest step do not fit into device memory. "
+            "Lower max_num_batched_tokens or max_num_seqs, or use a smaller dtype."
+        ) from failure

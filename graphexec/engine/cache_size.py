@@ -1,0 +1,100 @@
+"""Sizes the KV cache before anything is captured, since graphs hold its addresses."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from graphexec.backends import create_backend
+from graphexec.config import BackendConfig
+from graphexec.engine.program import DecoderProgram
+from graphexec.errors import ConfigError
+from graphexec.kernels.sample import SamplerVariant
+from graphexec.plan import StepPlan
+from graphexec.runtime import Runtime
+from graphexec.slots import Admission, SlotDeltas, SlotLimits
+
+__all__ = ["measure_num_blocks", "minimal_num_blocks"]
+
+_log = logging.getLogger(__name__)
+
+
+def minimal_num_blocks(limits: SlotLimits) -> int:
+    """Blocks, the reserved one included, with which the largest step can be tried."""
+    return 1 + limits.max_rows // limits.block_size + limits.max_slots
+
+
+def measure_num_blocks(
+    program: DecoderProgram,
+    limits: SlotLimits,
+    backend: BackendConfig,
+    runtime: Runtime,
+    block_bytes: int,
+    fraction: float,
+) -> int:
+    """How many KV blocks fit beside everything else; the model has a cache of `minimal_num_blocks` meanwhile.
+
+    Runs the largest mixed step and captures the largest bucket once for each sampler variant. The first capture makes
+    the shared pool grow, a later one shows what each further graph costs.
+
+    Raises:
+        ConfigError: not even one sequence of full length fits.
+    """
+    with runtime.activated():
+        probe = create_backend(
+            backend.model_copy(update={"capture_sizes": (limits.max_slots,), "verify": False}), runtime
+        )
+        torch.cuda.reset_peak_memory_stats(runtime.device)
+        probe.prepare(program)
+        manifest = probe.warmup()
+        probe.submit(_largest_step(limits)).result()
+        resident = torch.cuda.memory_allocated(runtime.device)
+        activations = torch.cuda.max_memory_allocated(runtime.device) - resident
+        probe.close()
+        torch.cuda.empty_cache()
+        free, _ = runtime.memory()
+    costs = [graph.pool_bytes for graph in manifest.graphs]
+    sizes = len(backend.capture_sizes or ()) or 64
+    graphs = costs[0] + max(costs[1:]) * sizes * len(program.variants) if len(costs) > 1 else 0
+    free += minimal_num_blocks(limits) * block_bytes  # the probe's cache goes
+    blocks = int((free - activations - graphs) * fraction) // block_bytes
+    _log.info(
+        "num_kv_blocks = %d: %.1f GiB free, less %.2f for activations and %.2f for graphs, times %.2f",
+        blocks - 1, free / 2**30, activations / 2**30, graphs / 2**30, fraction,
+    )  # fmt: skip
+    if blocks - 1 < limits.max_blocks:
+        raise ConfigError(
+            f"The KV cache would have {max(blocks - 1, 0)} blocks, less than the {limits.max_blocks} of one sequence. "
+            "Lower max_model_len, max_num_seqs or max_num_batched_tokens."
+        )
+    return blocks
+
+
+def _largest_step(limits: SlotLimits) -> StepPlan:
+    """A step that fills every row it may have with prompt chunks."""
+    deltas = SlotDeltas(limits)
+    rows_left, next_block, chunks = limits.max_rows - limits.max_slots, 1, 0
+    for slot in range(limits.max_slots):
+        chunk = min(rows_left, limits.max_tokens - 1)
+        if chunk == 0:
+            break
+        blocks = -(-chunk // limits.block_size)
+        deltas.admit(
+            slot,
+            Admission(
+                seq_len=0,
+                num_tokens=chunk,
+                max_len=chunk + 1,
+                min_len=0,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                seed=0,
+                stop_ids=(),
+            ),
+        )
+        deltas.arm(slot, 0, [0] * chunk)
+        deltas.supply(slot, 0, range(next_block, next_block + blocks))
+        rows_left, next_block, chunks = rows_left - chunk, next_block + blocks, chunks + 1
+    return StepPlan(SamplerVariant.LOGPROBS.value, deltas, chunks, limits.max_rows - limits.max_slots - rows_left)

@@ -1,0 +1,253 @@
+"""The scheduler: which requests run in the next step, with which slots, prompt chunks and KV blocks.
+
+Works on what the host knows, which is behind the device by the steps in flight; every number is an upper bound of
+what those steps may have done. No device access.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphexec.engine.blocks import BlockAllocator
+from graphexec.engine.request import FinishReason, Request
+from graphexec.kernels.sample import SamplerVariant
+from graphexec.plan import StepPlan, StepResult
+from graphexec.slots import Admission, SlotDeltas, SlotLimits
+
+__all__ = ["ScheduledStep", "Scheduler"]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """A plan, and the slot-to-request mapping frozen for it.
+
+    Attributes:
+        plan: what the backend submits.
+        owners: request of each slot, or None.
+        decodes: `[S]` bool, slots that are expected to decode (they do not if they stopped or parked before).
+        is_mixed: whether there are prompt chunks of several tokens.
+    """
+
+    plan: StepPlan
+    owners: tuple[Request | None, ...]
+    decodes: NDArray[np.bool_]
+    is_mixed: bool
+
+
+class Scheduler:
+    """Continuous batching: running requests first, then prompt chunks, then admissions, first come first served."""
+
+    def __init__(self, limits: SlotLimits, allocator: BlockAllocator, max_batched_tokens: int, lookahead: int) -> None:
+        self._limits = limits
+        self._allocator = allocator
+        self._max_batched_tokens = max_batched_tokens
+        self._lookahead = lookahead  # tokens of KV space reserved ahead, so that no slot parks meanwhile
+        self._waiting: deque[Request] = deque()
+        self._prefilling: list[Request] = []
+        self._running: dict[Request, None] = {}  # in the order of admission
+        self._owners: list[Request | None] = [None] * limits.max_slots
+        self._free_slots = list(range(limits.max_slots - 1, -1, -1))
+        self._retiring: list[tuple[int, int]] = []  # slots released by the delta of a step
+        self._releases: list[int] = []  # slots whose release has not been submitted
+        self._variants = dict.fromkeys(SamplerVariant, 0)
+        self._decoding = np.zeros(limits.max_slots, dtype=bool)
+        self._scheduled = np.zeros(limits.max_slots, dtype=np.int64)  # tokens computed once the steps in flight ran
+        self._capacity = np.zeros(limits.max_slots, dtype=np.int64)  # tokens that the slot's KV blocks hold
+        self._limit = np.zeros(limits.max_slots, dtype=np.int64)  # tokens at which the request ends
+        self.preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some request waits or runs, as far as the host knows."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def wants_chunks(self) -> bool:
+        """Whether the next step may hold prompt chunks."""
+        return bool(self._prefilling or self._waiting)
+
+    @property
+    def unfinished(self) -> list[Request]:
+        return [*self._running, *self._waiting]
+
+    def add(self, request: Request) -> None:
+        self._waiting.append(request)
+
+    def abort(self, request: Request) -> None:
+        """Ends a request wherever it is. Its blocks are free at once, its slot once the steps in flight are collected.
+
+        Blocks need no wait: whatever a step in flight still writes is written before anything that comes later (F5).
+        """
+        if request.slot is None:
+            self._waiting.remove(request)
+        else:
+            self._evict(request)
+
+    def short_of_blocks(self) -> bool:
+        """Whether some decoding request cannot compute its next token without a block that is not there."""
+        return self._missing_blocks() > self._allocator.free
+
+    def preempt_for_blocks(self) -> None:
+        """Sends the newest requests back to the queue until the others have their blocks; nothing is in flight.
+
+        Since every step that ran them was collected (F6), their tokens are all known, and are computed again later.
+        """
+        while self.short_of_blocks():
+            request = next(reversed(self._running))
+            self._evict(request)
+            request.computed = 0
+            self._waiting.appendleft(request)
+            self.preemptions += 1
+
+    def schedule(self, step: int, collected: int) -> ScheduledStep | None:
+        """The next step, or None when nothing can run.
+
+        Args:
+            step: number the step will have.
+            collected: number of the last collected step.
+        """
+        self._free_retired(collected)
+        deltas = SlotDeltas(self._limits)
+        decodes = self._decodable()
+        self._supply_blocks(deltas, decodes)
+        self._scheduled[decodes] += 1
+        budget = self._max_batched_tokens - int(np.count_nonzero(decodes))
+        chunks = self._continue_prompts(deltas, budget)
+        chunks += self._admit(deltas, budget - sum(chunks))
+        if not chunks and not decodes.any():
+            return None
+        for slot in self._releases:
+            deltas.release(slot)
+            self._retiring.append((slot, step))
+        self._releases.clear()
+        plan = StepPlan(self._variant(), deltas if len(deltas) else None, len(chunks), sum(chunks))
+        return ScheduledStep(plan, tuple(self._owners), decodes, is_mixed=any(chunk > 1 for chunk in chunks))
+
+    def missed(self, scheduled: ScheduledStep, result: StepResult) -> None:
+        """Takes back the tokens of slots that were parked when they should have decoded."""
+        for slot in np.flatnonzero(scheduled.decodes & (result.num_tokens < 0)).tolist():
+            owner = scheduled.owners[slot]
+            if owner is not None and owner.finish_reason is None and owner.slot == slot:
+                self._scheduled[slot] -= 1
+
+    def finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        """Ends a request that the device has stopped: its slot is free for a new owner (F5: the step was collected)."""
+        request.finish(reason, error)
+        slot = self._detach(request)
+        self._free_slots.append(slot)
+
+    def _decodable(self) -> NDArray[np.bool_]:
+        return self._decoding & (self._scheduled < self._limit - 1)
+
+    def _missing_blocks(self) -> int:
+        return int(np.count_nonzero(self._decodable() & (self._scheduled >= self._capacity)))
+
+    def _supply_blocks(self, deltas: SlotDeltas, decodes: NDArray[np.bool_]) -> None:
+        wanted = np.minimum(self._scheduled + 1 + self._lookahead, self._limit - 1)
+        short = np.flatnonzero(decodes & (wanted > self._capacity))
+        if len(short) == 0:
+            return
+        size = self._limits.block_size
+        for slot in short[np.argsort((self._capacity - self._scheduled)[short])].tolist():  # the neediest first
+            request = self._owners[slot]
+            assert request is not None
+            count = -(-(int(wanted[slot]) - int(self._capacity[slot])) // size)
+            blocks = self._allocator.take(count)
+            if blocks is not None:
+                deltas.supply(slot, len(request.blocks), blocks)
+                request.blocks += blocks
+                self._capacity[slot] += count * size
+
+    def _continue_prompts(self, deltas: SlotDeltas, budget: int) -> list[int]:
+        chunks = []
+        for request in list(self._prefilling):
+            if budget <= 0:
+                break
+            chunks.append(self._arm_chunk(deltas, request, budget))
+            budget -= chunks[-1]
+        return chunks
+
+    def _admit(self, deltas: SlotDeltas, budget: int) -> list[int]:
+        chunks = []
+        while self._waiting and self._free_slots and budget > 0:
+            request = self._waiting[0]
+            needed = -(-request.num_tokens // self._limits.block_size)
+            # One block for each running request is left alone, or the newcomer would soon be preempted for it.
+            if needed + len(self._running) > self._allocator.free and self._running:
+                break
+            blocks = self._allocator.take(needed)
+            if blocks is None:
+                break
+            self._waiting.popleft()
+            self._attach(deltas, request, blocks)
+            chunks.append(self._arm_chunk(deltas, request, budget))
+            budget -= chunks[-1]
+        return chunks
+
+    def _attach(self, deltas: SlotDeltas, request: Request, blocks: list[int]) -> None:
+        slot = self._free_slots.pop()
+        params = request.params
+        admission = Admission(
+            seq_len=0,
+            num_tokens=request.num_tokens,
+            max_len=request.max_len,
+            min_len=len(request.prompt_token_ids) + params.min_tokens,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            seed=request.seed,
+            stop_ids=request.stop_ids,
+        )
+        deltas.admit(slot, admission)
+        request.slot, request.blocks = slot, blocks
+        self._owners[slot] = request
+        self._running[request] = None
+        self._prefilling.append(request)
+        self._variants[request.variant] += 1
+        self._capacity[slot] = len(blocks) * self._limits.block_size
+        self._limit[slot] = request.max_len
+
+    def _arm_chunk(self, deltas: SlotDeltas, request: Request, budget: int) -> int:
+        slot, begin, known = request.slot, request.computed, request.num_tokens
+        assert slot is not None
+        end = min(known, begin + budget)
+        size = self._limits.block_size
+        first_block, last_block = -(-begin // size), -(-end // size)
+        deltas.arm(slot, begin, request.tokens(begin, end))
+        deltas.supply(slot, first_block, request.blocks[first_block:last_block])
+        request.computed = end
+        if end == known:
+            self._prefilling.remove(request)
+            self._decoding[slot] = True
+            self._scheduled[slot] = known
+        return end - begin
+
+    def _evict(self, request: Request) -> None:
+        self._releases.append(self._detach(request))
+
+    def _detach(self, request: Request) -> int:
+        slot = request.slot
+        assert slot is not None
+        self._allocator.give_back(request.blocks)
+        request.slot, request.blocks = None, []
+        self._owners[slot] = None
+        self._decoding[slot] = False
+        del self._running[request]
+        if request in self._prefilling:
+            self._prefilling.remove(request)
+        self._variants[request.variant] -= 1
+        return slot
+
+    def _free_retired(self, collected: int) -> None:
+        """Frees slots whose last step under the old owner, the one before their release, was collected (F5)."""
+        freed = [entry for entry in self._retiring if entry[1] - 1 <= collected]
+        for entry in freed:
+            self._retiring.remove(entry)
+            self._free_slots.append(entry[0])
+
+    def _variant(self) -> str:
+        return max(variant for variant, count in self._variants.items() if count).value

@@ -1,0 +1,248 @@
+"""The pipeline: the two streams, the order of work on them, and every fence between host, compute and copy."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from graphexec.capture.buckets import BucketTable
+from graphexec.controller import Controller
+from graphexec.errors import BucketOverflowError, DeviceError, GraphexecError, StepTimeout
+from graphexec.plan import Delta, DeviceIO, GraphKey, Int32Array, RecordLayout, StepPlan, StepProgram, StepResult
+from graphexec.rings import OutputRing, StagingRing
+from graphexec.runtime import Runtime
+
+__all__ = ["Launcher", "Pipeline", "StepHandle"]
+
+_STEP_MASK = 0xFFFFFFFF
+
+
+class Launcher(Protocol):
+    """How a backend puts work on the compute stream. What can fail for the host's reasons fails while choosing."""
+
+    def upload(self, staging_slot: int) -> Callable[[], None]:
+        """The call that enqueues the upload and the application of a staging slot."""
+
+    def step(self, key: GraphKey) -> Callable[[], None]:
+        """The call that enqueues the step of this shape."""
+
+
+class StepHandle:
+    """A submitted step."""
+
+    def __init__(self, pipeline: Pipeline, step: int, key: GraphKey, bound: int, last_delta: int) -> None:
+        self.step = step
+        self.key = key
+        self.bound = bound
+        self.last_delta = last_delta
+        self._pipeline = pipeline
+        self._result: StepResult | None = None
+
+    def result(self, timeout_s: float | None = None) -> StepResult:
+        """Waits until the record of the step has reached the host, and copies it out.
+
+        Args:
+            timeout_s: seconds to wait; None for the pipeline's limit.
+
+        Raises:
+            StepTimeout: the time is up. The step may still finish; the call can be repeated.
+            BucketOverflowError: the step had more slots than it was launched for, and ran none.
+            DeviceError: the device failed, or the record is not the one of this step.
+        """
+        if self._result is None:
+            self._result = self._pipeline.collect(self, timeout_s)
+        return self._result
+
+
+class Pipeline:
+    """Submits steps ahead of the device and collects their records behind it.
+
+    Depth 1, the default, looks like this (overlap is only a depth: the caller collects step N-depth after it has
+    submitted step N):
+
+        host     submit N+1 | collect N (waits for copied[N]) | schedule | submit N+2 | collect N+1 ...
+        compute  -- step N ---------------||-- step N+1 ---------------||-- step N+2 ...   queued ahead: no bubble
+        copy                 waits done[N] -> copy to host -> copied[N]
+
+    Fences: F1 to F3 in OutputRing, F4 in StagingRing. F8 is the caller's: one delta for a slot in a batch. F7: `close`
+    frees nothing before both streams have drained.
+    """
+
+    def __init__(
+        self, runtime: Runtime, program: StepProgram, buckets: BucketTable, rows: BucketTable, timeout_s: float
+    ) -> None:
+        with runtime.activated():
+            self.runtime = runtime
+            self.compute = runtime.stream("compute")
+            self._copy = runtime.stream("copy")
+            self.records = OutputRing(runtime, program.record)
+            self.staging = StagingRing(runtime, program.staging_words)
+            self.controller = Controller(program.max_slots, buckets)
+            self.wait_s = 0.0
+            self.io = DeviceIO(self.records.device, torch.zeros(1, dtype=torch.int32, device=runtime.device))
+            self._program = program
+            self.buckets, self._rows = buckets, rows
+            self._timeout_s = timeout_s
+            self._next_step = 0
+            self._last_delta = -1
+            self._failure: BaseException | None = None
+            self._stuck = False
+            program.bind(self.io)
+            runtime.settle()
+
+    def shape(self, plan: StepPlan, bound: int) -> GraphKey:
+        """The shape that holds at most `bound` running slots and the chunks of `plan`."""
+        if bound == 0:
+            return GraphKey("idle", 0, 0, plan.variant)
+        bucket = self.buckets.fit(bound) or self._program.max_slots
+        if plan.chunk_rows == 0:
+            return GraphKey("decode", bucket * self._program.rows_per_slot, bucket, plan.variant)
+        rows = plan.chunk_rows + max(bound - plan.chunk_slots, 0) * self._program.rows_per_slot
+        return GraphKey("mixed", self._rows.fit(rows) or rows, bucket, plan.variant)
+
+    def submit(self, plan: StepPlan, launcher: Launcher) -> StepHandle:
+        """Enqueues one step and returns at once.
+
+        Raises:
+            PipelineFull: a ring has no retired slot; collect a step first.
+            DeviceError: an earlier submit failed halfway, so that host and device no longer agree on the step.
+        """
+        with self.runtime.activated():
+            self._raise_if_broken()
+            step = self._next_step
+            self.records.acquire(step)
+            try:
+                upload = self._stage(plan.delta, step, launcher)
+                bound = self.controller.next_bound()
+                key = self.shape(plan, bound)
+                launch = launcher.step(key)
+            except BaseException:
+                self.records.release(step)
+                raise
+            try:
+                if upload is not None:
+                    upload()
+                launch()
+                self.records.copy_out(step, self.compute, self._copy, self._has_extra(key))
+            except BaseException as failure:
+                self._failure = failure
+                raise
+            self._next_step = step + 1
+            return StepHandle(self, step, key, bound, self._last_delta)
+
+    def _stage(self, delta: Delta | None, step: int, launcher: Launcher) -> Callable[[], None] | None:
+        if delta is None:
+            return None
+        slot, words = self.staging.acquire()
+        delta.pack(words, step)
+        self.controller.arm(step, delta.armed)
+        upload = launcher.upload(slot)
+
+        def enqueue() -> None:
+            upload()
+            self.staging.retire_behind(slot, self.compute)
+            self._last_delta = step
+
+        return enqueue
+
+    def collect(self, handle: StepHandle, timeout_s: float | None) -> StepResult:
+        """What `StepHandle.result` does."""
+        with self.runtime.activated():
+            limit = self._timeout_s if timeout_s is None else timeout_s
+            started = time.perf_counter()
+            landed = self.records.wait(handle.step, limit)
+            self.wait_s += time.perf_counter() - started
+            self.compute.check()
+            self._copy.check()
+            if not landed:
+                self._raise_timeout(handle, limit)
+            words = self.records.read(handle.step)
+            self._check(words, handle)
+            result = _unpack(words, self.records.layout, handle.step, self._has_extra(handle.key))
+            self.controller.observe(result)
+            self.controller.count(handle.bound, handle.key.bucket, result.real_bsz)
+            return result
+
+    def close(self) -> None:
+        """Drains both streams, then frees events and rings; a pipeline that does not drain is never freed (F7)."""
+        with self.runtime.activated():
+            self._failure = self._failure or GraphexecError("The pipeline is closed.")
+            drained = not self._stuck and self.compute.drain(self._timeout_s) and self._copy.drain(self._timeout_s)
+            if not drained:
+                keep_for_ever(self)
+                return
+            self.records.close()
+            self.staging.close()
+            self.runtime.close_stream(self.compute)
+            self.runtime.close_stream(self._copy)
+
+    @property
+    def drained(self) -> bool:
+        """Whether what the device used may be freed."""
+        return not self._stuck
+
+    def synchronize(self) -> None:
+        """Waits for everything enqueued. For warm-up and for closing, never for a step.
+
+        Raises:
+            StepTimeout: a stream does not drain.
+        """
+        if not (self.compute.drain(self._timeout_s) and self._copy.drain(self._timeout_s)):
+            self._stuck = True
+            raise StepTimeout(f"The streams did not drain within {self._timeout_s} s.")
+        self.compute.check()
+        self._copy.check()
+
+    def _has_extra(self, key: GraphKey) -> bool:
+        return self.records.layout.extra_words > 0 and key.variant in self._program.variants_with_extra
+
+    def _raise_if_broken(self) -> None:
+        if self._failure is not None:
+            raise DeviceError(
+                f"The pipeline takes no more steps: {self._failure} Create a new backend."
+            ) from self._failure
+
+    def _check(self, words: Int32Array, handle: StepHandle) -> None:
+        step, _, _, overflow, _, last_delta = (int(word) for word in words[:6])
+        if step & _STEP_MASK != handle.step & _STEP_MASK or last_delta != handle.last_delta:
+            self._failure = DeviceError(
+                f"The record of step {handle.step} carries step {step & _STEP_MASK} and delta {last_delta} "
+                f"(expected delta {handle.last_delta}): host and device disagree."
+            )
+            raise self._failure
+        if overflow:
+            raise BucketOverflowError(
+                f"Step {handle.step} had more rows or slots than its {handle.key} holds, and ran none of them. "
+                "A change reached the device that its plan did not announce as armed."
+            )
+
+    def _raise_timeout(self, handle: StepHandle, limit: float) -> None:
+        self._stuck = True
+        done, copied = self.records.fences(handle.step)
+        passed = "copied (F2)" if copied else "done (F1)" if done else "none; the step itself is still running"
+        raise StepTimeout(
+            f"Step {handle.step} ({handle.key}) did not arrive within {limit} s. Last fence passed: {passed}. "
+            "Nothing it uses will be freed."
+        )
+
+
+def _unpack(words: Int32Array, layout: RecordLayout, step: int, with_extra: bool) -> StepResult:
+    slots, begin = layout.max_slots, layout.HEADER
+    return StepResult(
+        step=step,
+        real_bsz=int(words[1]),
+        any_running=bool(words[2]),
+        num_tokens=words[begin : begin + slots],
+        finish=words[begin + slots : begin + 2 * slots],
+        tokens=words[begin + 2 * slots : layout.base_words].reshape(slots, layout.tokens_per_slot),
+        extra=words[layout.base_words :] if with_extra else None,
+    )
+
+
+def keep_for_ever(owner: object) -> None:
+    """Keeps `owner` and all it holds from ever being freed: the device may still write into it."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))

@@ -1,0 +1,197 @@
+"""The frozen data that travels between a host engine and a backend: plans go in, results come out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+__all__ = [
+    "Delta",
+    "DeviceIO",
+    "FinishCode",
+    "FloatArray",
+    "GraphKey",
+    "Int32Array",
+    "Phase",
+    "RecordLayout",
+    "StepPlan",
+    "StepProgram",
+    "StepResult",
+]
+
+Int32Array = NDArray[np.int32]
+FloatArray = NDArray[np.float32] | NDArray[np.float64]
+Phase = Literal["idle", "decode", "mixed"]
+
+
+class FinishCode(IntEnum):
+    """Why a slot does not run on; a code of its own beside the token, never a special token value."""
+
+    RUNNING = 0
+    STOP = 1
+    LENGTH = 2
+    NAN = 3
+    PARKED = 4
+    """Not an end: the slot waits for a KV block and resumes when a delta supplies it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphKey:
+    """Names one captured step. It holds every host number that the step may read.
+
+    Attributes:
+        phase: "decode" (every slot computes `rows / bucket` tokens), "mixed" (prompt chunks among them) or "idle".
+        rows: launched rows (tokens), padding included.
+        bucket: launched slots, padding included.
+        variant: one of the program's `variants`, e.g. the sampler's.
+    """
+
+    phase: Phase
+    rows: int
+    bucket: int
+    variant: str
+
+    def __str__(self) -> str:
+        return f"{self.phase} step, bucket {self.bucket}, {self.rows} rows, {self.variant}"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLayout:
+    """The layout, in int32 words, of the output record of one step.
+
+    `[header | num_tokens [S] | finish [S] | tokens [S, K] | extra]`, with S slots and K tokens a slot.
+
+    Header words: step number (uint32), real_bsz, any_running, overflow, any NaN, step of the last delta, 0, 0.
+    `num_tokens` is -1 for a slot that did not run, 0 for one that ran and yields nothing (an unfinished prompt).
+    """
+
+    max_slots: int
+    tokens_per_slot: int = 1
+    extra_words: int = 0
+
+    HEADER = 8
+
+    @property
+    def base_words(self) -> int:
+        return self.HEADER + self.max_slots * (2 + self.tokens_per_slot)
+
+    @property
+    def words(self) -> int:
+        return self.base_words + self.extra_words
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step reported, copied out of its ring slot.
+
+    Attributes:
+        step: number of the step.
+        real_bsz: slots that really ran.
+        any_running: whether some slot runs on or is parked.
+        num_tokens: `[S]` int32, -1 for a slot that did not run.
+        finish: `[S]` int32, a FinishCode each.
+        tokens: `[S, K]` int32; the first `num_tokens[slot]` entries of a row are valid.
+        extra: the program's own words, or None when its variant has none.
+    """
+
+    step: int
+    real_bsz: int
+    any_running: bool
+    num_tokens: Int32Array
+    finish: Int32Array
+    tokens: Int32Array
+    extra: Int32Array | None
+
+
+class Delta(Protocol):
+    """Host-to-device changes of one step; at most one for a slot, since two would race in the apply kernel (F8)."""
+
+    @property
+    def armed(self) -> Sequence[int]:
+        """Slots that may run because of it: admitted, re-armed, resumed or supplied with blocks."""
+
+    def pack(self, words: Int32Array, step: int) -> None:
+        """Writes itself into `words` (the program's `staging_words` int32s) for the step with this number."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What the next step should do.
+
+    Attributes:
+        variant: one of the program's `variants`.
+        delta: changes to apply before the step, or None.
+        chunk_slots: slots that compute a prompt chunk in this step (0 for a decode step).
+        chunk_rows: rows of those chunks together.
+    """
+
+    variant: str
+    delta: Delta | None = None
+    chunk_slots: int = 0
+    chunk_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceIO:
+    """Device buffers through which a step reports.
+
+    Attributes:
+        ring: `[R, words]` int32; a step writes its record into row `counter % R`.
+        counter: `[1]` int32, the number of the running step; the step adds one when it has written its record.
+    """
+
+    ring: torch.Tensor
+    counter: torch.Tensor
+
+
+class StepProgram(ABC):
+    """One step of a batched state machine over fixed device buffers: what a host engine hands to a backend.
+
+    Every method enqueues device work on the current stream and returns; none may read the device. `step` may read no
+    host number that can change other than those in its key, since a captured step repeats them for ever.
+    """
+
+    max_slots: int
+    """S, number of slots."""
+    variants: tuple[str, ...]
+    """Variants of the step, cheapest first."""
+    variants_with_extra: frozenset[str] = frozenset()
+    """Variants that fill the record's extra words; for the others those words are not copied."""
+    record: RecordLayout
+    staging_words: int
+    """Size of a packed delta, int32 words."""
+    max_rows: int
+    """Largest number of rows of a step."""
+    rows_per_slot: int = 1
+    """Rows that a decoding slot computes in a step."""
+
+    @abstractmethod
+    def bind(self, io: DeviceIO) -> None:
+        """Receives the buffers through which steps report: before anything else, and again from another backend."""
+
+    @abstractmethod
+    def apply(self, staging: torch.Tensor) -> None:
+        """Applies a packed delta, `[staging_words]` int32 on the device."""
+
+    @abstractmethod
+    def step(self, key: GraphKey) -> None:
+        """Runs one step of this shape: reads the slots, writes them and the record, counts up."""
+
+    @abstractmethod
+    def state(self) -> Sequence[torch.Tensor]:
+        """Every device tensor that steps change and that must be restored after a warm-up."""
+
+    @abstractmethod
+    def exercise(self, key: GraphKey, generator: torch.Generator) -> None:
+        """Fills the slots with random valid inputs for a step of this shape; `generator` is a CPU one."""
+
+    def observed(self, key: GraphKey) -> Sequence[torch.Tensor]:
+        """Device tensors, beside the state and the record, in which an eager step and its graph must agree."""
+        return ()

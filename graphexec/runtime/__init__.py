@@ -1,0 +1,28 @@
+"""Streams, events, pinned memory and graphs of a device behind one interface."""
+
+from __future__ import annotations
+
+import torch
+
+from graphexec.errors import ConfigError
+from graphexec.runtime.base import Event, Graph, GraphInfo, Runtime, Stream
+from graphexec.runtime.cpu import CpuRuntime
+
+__all__ = ["CpuRuntime", "Event", "Graph", "GraphInfo", "Runtime", "Stream", "create_runtime"]
+
+
+def create_runtime(device: torch.device) -> Runtime:
+    """The runtime of `device` ("cpu", "cuda" or "cuda:N").
+
+    Raises:
+        ConfigError: `device` is a CUDA device and there is none, or it is of another kind.
+    """
+    if device.type == "cpu":
+        return CpuRuntime()
+    if device.type != "cuda":
+        raise ConfigError(f'There is no runtime for device "{device}". Use "cpu" or "cuda".')
+    if not torch.cuda.is_available():
+        raise ConfigError('device="cuda" was asked for, but torch finds no CUDA device. Use device="cpu" or "auto".')
+    from graphexec.runtime.cuda import CudaRuntime
+
+    return CudaRuntime(device)

@@ -1,0 +1,182 @@
+"""The CPU runtime: a stream is a worker thread with a queue, so overlap is truly asynchronous without a GPU.
+
+A "graph" is the recorded call over fixed buffers with its host numbers frozen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from graphexec.errors import DeviceError
+from graphexec.runtime.base import Event, Graph, GraphInfo, Pool, Runtime, Stream
+
+__all__ = ["CpuEvent", "CpuGraph", "CpuRuntime", "CpuStream"]
+
+
+class CpuEvent(Event):
+    """Counts generations: each record asks for the next one, and a wait is for the latest one asked for at its call."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._asked = 0
+        self._reached = 0
+
+    def ask(self) -> int:
+        """Begins a new generation and returns its number."""
+        with self._changed:
+            self._asked += 1
+            return self._asked
+
+    def reach(self, generation: int) -> None:
+        with self._changed:
+            self._reached = max(self._reached, generation)
+            self._changed.notify_all()
+
+    def asked(self) -> int:
+        return self._asked
+
+    def wait_for(self, generation: int, timeout_s: float | None) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._reached >= generation, timeout_s)
+
+    def query(self) -> bool:
+        return self._reached >= self._asked
+
+    def wait(self, timeout_s: float) -> bool:
+        return self.wait_for(self._asked, timeout_s)
+
+    def close(self) -> None:
+        pass
+
+
+class CpuGraph(Graph):
+    """A call over fixed buffers."""
+
+    def __init__(self, work: Callable[[], None], name: str) -> None:
+        self.work = work
+        self._name = name
+
+    def describe(self) -> GraphInfo:
+        return GraphInfo(nodes=1, kernels=0, fingerprint=hashlib.sha256(self._name.encode()).hexdigest()[:16])
+
+    def close(self) -> None:
+        pass
+
+
+class CpuStream(Stream):
+    """A worker thread that takes work in order.
+
+    After a failure the remaining work is skipped, as on a device with a sticky error; events are still reached, so
+    that nobody waits for ever, and every later call raises.
+    """
+
+    def __init__(self, name: str, runtime: CpuRuntime) -> None:
+        self._work: queue.SimpleQueue[tuple[Callable[[], None], bool] | None] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._runtime = runtime
+        self._thread = threading.Thread(target=self._serve, name=f"graphexec-{name}", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Callable[[], None]) -> None:
+        self.check()
+        self._work.put((work, False))
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self.run(lambda: _copy(target, source))
+
+    def record(self, event: Event) -> None:
+        assert isinstance(event, CpuEvent)
+        generation = event.ask()
+        self._work.put((lambda: event.reach(generation), True))
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, CpuEvent)
+        generation = event.asked()
+        self._work.put((lambda: _wait(event, generation), True))
+
+    def launch(self, graph: Graph) -> None:
+        assert isinstance(graph, CpuGraph)
+        self.run(graph.work)
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise DeviceError(
+                f"Work on stream {self._thread.name!r} failed: {type(self._failure).__name__}: {self._failure}. "
+                "What was enqueued after it did not run; close the engine."
+            ) from self._failure
+
+    def drain(self, timeout_s: float) -> bool:
+        event = CpuEvent()
+        self.record(event)
+        return event.wait(timeout_s)
+
+    def close(self) -> None:
+        self._work.put(None)
+        self._thread.join(timeout=10)
+
+    def _serve(self) -> None:
+        with self._runtime.activated():
+            while (item := self._work.get()) is not None:
+                work, is_fence = item
+                if self._failure is not None and not is_fence:
+                    continue
+                try:
+                    work()
+                except BaseException as failure:  # kept, and raised by the next call from the host
+                    self._failure = failure
+
+
+class CpuRuntime(Runtime):
+    """Worker threads as streams, plain memory as pinned memory."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    @contextmanager
+    def activated(self) -> Iterator[None]:
+        with torch.no_grad():
+            yield
+
+    def stream(self, name: str) -> CpuStream:
+        return CpuStream(name, self)
+
+    def event(self) -> CpuEvent:
+        return CpuEvent()
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    def pool(self) -> Pool:
+        return None
+
+    def capture(self, work: Callable[[], None], stream: Stream, pool: Pool) -> CpuGraph:
+        return CpuGraph(work, getattr(work, "__qualname__", type(work).__name__))
+
+    def memory(self) -> tuple[int, int]:
+        page = os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+
+    def used(self) -> int:
+        return 0
+
+    def settle(self) -> None:
+        pass
+
+    def close_stream(self, stream: Stream) -> None:
+        assert isinstance(stream, CpuStream)
+        stream.close()
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source)
+
+
+def _wait(event: CpuEvent, generation: int) -> None:
+    event.wait_for(generation, None)

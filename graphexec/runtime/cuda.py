@@ -1,0 +1,165 @@
+"""The CUDA runtime: torch's streams and memory, cuda-python's events, copies and graphs.
+
+Raw CUDA calls use memory that torch allocated, and torch's allocator does not see those uses: whoever enqueues them
+keeps the tensors alive until the streams have drained.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+
+from graphexec.errors import DeviceError
+from graphexec.runtime import cudart
+from graphexec.runtime.base import Event, Graph, GraphInfo, Pool, Runtime, Stream
+
+__all__ = ["CudaEvent", "CudaGraph", "CudaRuntime", "CudaStream"]
+
+_POLLS_BEFORE_SLEEP = 200
+_SLEEP_S = 20e-6
+
+
+class CudaEvent(Event):
+    """A cuda-python event: recording costs 0.7 microseconds, against 5.5 for torch's (measured on an H200)."""
+
+    def __init__(self) -> None:
+        self.handle = cudart.create_event()
+
+    def query(self) -> bool:
+        return cudart.query_event(self.handle)
+
+    def wait(self, timeout_s: float) -> bool:
+        return _poll(self.query, timeout_s)
+
+    def close(self) -> None:
+        cudart.destroy_event(self.handle)
+
+
+class CudaGraph(Graph):
+    """An instantiated graph and the graph that it was made from."""
+
+    def __init__(self, graph: object, executable: object) -> None:
+        self._graph = graph
+        self.executable = executable
+
+    def describe(self) -> GraphInfo:
+        nodes, kernels, fingerprint = cudart.describe_graph(self._graph)
+        return GraphInfo(nodes, kernels, fingerprint)
+
+    def close(self) -> None:
+        cudart.destroy_executable(self.executable)
+        cudart.destroy_graph(self._graph)
+
+
+class CudaStream(Stream):
+    """A torch stream, driven through cuda-python."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.torch_stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's stub
+        self.handle = cudart.stream_handle(self.torch_stream.cuda_stream)
+
+    def run(self, work: Callable[[], None]) -> None:
+        with torch.cuda.stream(self.torch_stream):
+            work()
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        cudart.copy_async(target.data_ptr(), source.data_ptr(), source.nbytes, self.handle)
+
+    def record(self, event: Event) -> None:
+        assert isinstance(event, CudaEvent)
+        cudart.record_event(event.handle, self.handle)
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, CudaEvent)
+        cudart.stream_wait_event(self.handle, event.handle)
+
+    def launch(self, graph: Graph) -> None:
+        assert isinstance(graph, CudaGraph)
+        cudart.launch_graph(graph.executable, self.handle)
+
+    def check(self) -> None:
+        cudart.query_stream(self.handle)
+
+    def drain(self, timeout_s: float) -> bool:
+        return _poll(lambda: cudart.query_stream(self.handle), timeout_s)
+
+
+class CudaRuntime(Runtime):
+    """One CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._index = device.index if device.index is not None else torch.cuda.current_device()
+        self.device = torch.device("cuda", self._index)
+
+    @contextmanager
+    def activated(self) -> Iterator[None]:
+        with torch.no_grad(), torch.cuda.device(self._index):
+            yield
+
+    def stream(self, name: str) -> CudaStream:
+        return CudaStream(self.device)
+
+    def event(self) -> CudaEvent:
+        return CudaEvent()
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+    def pool(self) -> Pool:
+        return torch.cuda.MemPool()
+
+    def capture(self, work: Callable[[], None], stream: Stream, pool: Pool) -> CudaGraph:
+        # torch.cuda.graph would register torch's random generators with the graph, and a capture that fails leaves
+        # them and the pool marked as capturing for good. Nothing here draws from them, so the capture is our own.
+        assert isinstance(stream, CudaStream)
+        assert isinstance(pool, torch.cuda.MemPool)
+        sync_mode = torch.cuda.get_sync_debug_mode()
+        with torch.cuda.stream(stream.torch_stream), torch.cuda.use_mem_pool(pool, self.device):
+            torch.cuda.set_sync_debug_mode("error")
+            cudart.begin_capture(stream.handle)
+            try:
+                work()
+            except BaseException:
+                _abandon(stream)
+                raise
+            finally:
+                torch.cuda.set_sync_debug_mode(sync_mode)
+            graph = cudart.end_capture(stream.handle)
+        executable = cudart.instantiate(graph)
+        cudart.upload_graph(executable, stream.handle)
+        return CudaGraph(graph, executable)
+
+    def memory(self) -> tuple[int, int]:
+        free, total = torch.cuda.mem_get_info(self.device)
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + unused, total
+
+    def used(self) -> int:
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def close_stream(self, stream: Stream) -> None:
+        pass  # torch owns its streams
+
+
+def _abandon(stream: CudaStream) -> None:
+    with suppress(DeviceError):  # the capture may have been invalidated, and has ended all the same
+        cudart.destroy_graph(cudart.end_capture(stream.handle))
+
+
+def _poll(ready: Callable[[], bool], timeout_s: float) -> bool:
+    """Polls without holding the GIL between polls: first it only yields, later it sleeps."""
+    deadline = time.perf_counter() + timeout_s
+    polls = 0
+    while not ready():
+        if time.perf_counter() > deadline:
+            return False
+        time.sleep(0 if polls < _POLLS_BEFORE_SLEEP else _SLEEP_S)
+        polls += 1
+    return True

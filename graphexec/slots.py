@@ -1,0 +1,207 @@
+"""Slots: the persistent state of running requests on the device, and the deltas through which the host changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from graphexec.kernels.apply import ADMIT, ARM, ENTRY_FIELDS, HEADER_WORDS, RELEASE, apply_deltas
+from graphexec.kernels.state import SlotTensors, StepTensors
+from graphexec.plan import Int32Array
+
+__all__ = ["Admission", "SlotDeltas", "SlotLimits", "SlotState"]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotLimits:
+    """Sizes of the slot state.
+
+    Attributes:
+        max_slots: S.
+        max_tokens: tokens of a sequence, prompt and output.
+        max_rows: rows of the largest step.
+        block_size: tokens of a KV block, a power of two.
+        max_stop_ids: K, stop ids of a slot.
+    """
+
+    max_slots: int
+    max_tokens: int
+    max_rows: int
+    block_size: int
+    max_stop_ids: int
+
+    @property
+    def max_blocks(self) -> int:
+        """Blocks of the longest sequence."""
+        return -(-self.max_tokens // self.block_size)
+
+    @property
+    def entry_words(self) -> int:
+        return ENTRY_FIELDS + self.max_stop_ids
+
+    @property
+    def payload_words(self) -> int:
+        """Most tokens and blocks that the deltas of one step carry.
+
+        Tokens: the chunks of a step. Blocks: those that the chunks fill, and three more for every slot, since a chunk
+        may begin and end within a block and reserves ahead.
+        """
+        return self.max_rows + self.max_rows // self.block_size + 3 * self.max_slots
+
+    @property
+    def staging_words(self) -> int:
+        return HEADER_WORDS + self.max_slots * self.entry_words + self.payload_words
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a slot learns about its new owner; fields as in SlotTensors."""
+
+    seq_len: int
+    num_tokens: int
+    max_len: int
+    min_len: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _SlotDelta:
+    flags: int = 0
+    query_len: int = 0
+    admission: Admission | None = None
+    first_block: int = 0
+    blocks: list[int] = field(default_factory=list)
+    first_token: int = 0
+    tokens: Sequence[int] = ()
+
+
+class SlotDeltas:
+    """The changes of one step, at most one entry a slot (F8): later changes of a slot are merged into the first."""
+
+    def __init__(self, limits: SlotLimits) -> None:
+        self._limits = limits
+        self._deltas: dict[int, _SlotDelta] = {}
+
+    def __len__(self) -> int:
+        return len(self._deltas)
+
+    @property
+    def armed(self) -> Sequence[int]:
+        """Slots that may run because of this batch: all but those that are only released."""
+        return [slot for slot, delta in self._deltas.items() if delta.flags != RELEASE]
+
+    def admit(self, slot: int, admission: Admission) -> None:
+        """Gives the slot a new owner, with an empty block table."""
+        delta = self._of(slot)
+        delta.flags = delta.flags & ~RELEASE | ADMIT
+        delta.admission = admission
+
+    def arm(self, slot: int, first_token: int, tokens: Sequence[int]) -> None:
+        """The slot computes `tokens`, which start at position `first_token` of its sequence, in this step."""
+        delta = self._of(slot)
+        delta.flags |= ARM
+        delta.query_len = len(tokens)
+        delta.first_token, delta.tokens = first_token, tokens
+
+    def supply(self, slot: int, first_block: int, blocks: Sequence[int]) -> None:
+        """Appends KV blocks at index `first_block` of the slot's block table; revives it if it is parked."""
+        delta = self._of(slot)
+        if not delta.blocks:
+            delta.first_block = first_block
+        delta.blocks.extend(blocks)
+
+    def release(self, slot: int) -> None:
+        """The slot stops running; what else this batch held for it is dropped."""
+        self._deltas[slot] = _SlotDelta(flags=RELEASE)
+
+    def pack(self, words: Int32Array, step: int) -> None:
+        """Writes the batch in the layout that `graphexec.kernels.apply` reads."""
+        limits, width = self._limits, self._limits.entry_words
+        payload = HEADER_WORDS + limits.max_slots * width
+        used = 0
+        words[0] = len(self._deltas)
+        words[1] = np.uint32(step & 0xFFFFFFFF).astype(np.int32)
+        for index, (slot, delta) in enumerate(self._deltas.items()):
+            begin = HEADER_WORDS + index * width
+            block_offset, token_offset = used, used + len(delta.blocks)
+            used = token_offset + len(delta.tokens)
+            words[begin : begin + 3] = (slot, delta.flags, delta.query_len)
+            words[begin + 12 : begin + ENTRY_FIELDS] = (
+                delta.first_block,
+                len(delta.blocks),
+                block_offset,
+                delta.first_token,
+                len(delta.tokens),
+                token_offset,
+            )
+            words[payload + block_offset : payload + token_offset] = delta.blocks
+            words[payload + token_offset : payload + used] = delta.tokens
+            if delta.admission is not None:
+                _pack_admission(words[begin : begin + width], delta.admission)
+
+    def _of(self, slot: int) -> _SlotDelta:
+        return self._deltas.setdefault(slot, _SlotDelta())
+
+
+def _pack_admission(entry: Int32Array, admission: Admission) -> None:
+    entry[3:7] = (admission.seq_len, admission.num_tokens, admission.max_len, admission.min_len)
+    entry[7:8].view(np.float32)[0] = admission.temperature
+    entry[8] = admission.top_k
+    entry[9:10].view(np.float32)[0] = admission.top_p
+    entry[10] = np.uint32(admission.seed & 0xFFFFFFFF).astype(np.int32)
+    entry[11] = np.uint32(admission.seed >> 32 & 0xFFFFFFFF).astype(np.int32)
+    entry[ENTRY_FIELDS:] = -1
+    entry[ENTRY_FIELDS : ENTRY_FIELDS + len(admission.stop_ids)] = admission.stop_ids
+
+
+class SlotState:
+    """Owner of the slot tensors and of the rows that each step derives from them."""
+
+    def __init__(self, limits: SlotLimits, device: torch.device) -> None:
+        self.limits = limits
+        # One token more than a sequence may have: the last sampled token is stored before its slot is found to end.
+        self.slots = SlotTensors.allocate(
+            limits.max_slots, limits.max_stop_ids, limits.max_blocks, limits.max_tokens + 1, device
+        )
+        self.step = StepTensors.allocate(limits.max_slots, limits.max_rows, device)
+
+    def apply(self, staging: torch.Tensor) -> None:
+        """Applies a packed batch of deltas, `[staging_words]` int32 on the device."""
+        apply_deltas(staging, self.slots, self.limits.block_size)
+
+    def exercise(self, slots: int, num_blocks: int, vocab_size: int, generator: torch.Generator) -> None:
+        """Fills the first `slots` slots with random decoding sequences over KV blocks 1 to `num_blocks - 1`.
+
+        No two of them write to the same place of the KV cache. Stop ids are left out, so that no slot ends by chance.
+        """
+        limits, usable = self.limits, num_blocks - 1
+        blocks_each = min(max(usable // slots, 1), limits.max_blocks)
+        order = torch.randperm(usable, generator=generator, dtype=torch.int32) + 1
+        index = torch.arange(slots * blocks_each) % usable
+        tables = order[index].view(slots, blocks_each)
+        longest = min(blocks_each * limits.block_size, limits.max_tokens) - 2
+        lengths = torch.randint(0, max(longest, 1), (slots,), generator=generator, dtype=torch.int32)
+        if usable < slots:  # slots that share a block write at different offsets of it
+            lengths = (torch.arange(slots, dtype=torch.int32) // usable).clamp(max=limits.block_size - 1)
+        ids = torch.randint(0, vocab_size, (slots, limits.max_tokens + 1), generator=generator, dtype=torch.int32)
+        state = self.slots
+        for tensor in state.all():
+            tensor.zero_()
+        state.stop_ids.fill_(-1)
+        state.query_lens[:slots] = 1
+        state.seq_lens[:slots] = lengths.to(state.seq_lens.device)
+        state.num_tokens[:slots] = state.seq_lens[:slots] + 1
+        state.max_len.fill_(limits.max_tokens)
+        state.num_blocks[:slots] = blocks_each
+        state.block_tables[:slots, :blocks_each] = tables.to(state.block_tables.device)
+        state.token_ids[:slots] = ids.to(state.token_ids.device)
+        state.temperature.fill_(1.0)
+        state.top_p.fill_(0.9)
+        state.top_k.fill_(50)

@@ -1,0 +1,109 @@
+"""The attention operator that models call: opaque to torch.compile, it finds the rows of the running step by context.
+
+A context rather than arguments, because every number that a compiled model is called with would be a guard; the
+phase of the step must not cost a compilation of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+from graphexec.kernels.paged_decode import paged_decode
+from graphexec.kernels.paged_prefill import paged_prefill
+from graphexec.kernels.rope_write import rope_write
+from graphexec.kernels.state import SlotTensors, StepTensors
+
+__all__ = ["AttentionRows", "attention_rows", "paged_attention"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRows:
+    """The rows that attention works on in one step; all numbers are those of the step's graph key.
+
+    Attributes:
+        slots: state of the slots.
+        step: the rows, from `prepare`.
+        rows: T, launched rows.
+        bucket: B, launched slots.
+        num_splits: parts into which a decode row's context is split; 0 for a step with prompt chunks.
+    """
+
+    slots: SlotTensors
+    step: StepTensors
+    rows: int
+    bucket: int
+    num_splits: int
+
+
+_rows: ContextVar[AttentionRows] = ContextVar("graphexec_attention_rows")
+
+
+@contextmanager
+def attention_rows(rows: AttentionRows) -> Iterator[None]:
+    """Within the block, `paged_attention` works on `rows`."""
+    token = _rows.set(rows)
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+@torch.library.custom_op("graphexec::paged_attention", mutates_args=("k_cache", "v_cache"))
+def paged_attention(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    norm_eps: float,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_heads: int,
+    scale: float,
+) -> torch.Tensor:
+    """Rotary embedding, KV write and attention for the rows of the running step.
+
+    Args:
+        qkv: `[T, (H + 2 * KH) * D]`, the merged projections.
+        cos, sin: `[T, D]`.
+        q_norm, k_norm: `[D]` weights of a per-head RMSNorm, or None.
+        norm_eps: its epsilon.
+        k_cache, v_cache: `[blocks, KH, block_size, D]`, written at the rows' positions.
+        num_heads: H.
+        scale: of the logits.
+
+    Returns:
+        `[T, H * D]`; rows of padding hold anything.
+    """
+    rows = _rows.get()
+    step, slots = rows.step, rows.slots
+    kv_slots = step.kv_slots[: rows.rows]
+    query = rope_write(qkv, cos, sin, q_norm, k_norm, norm_eps, k_cache, v_cache, kv_slots, num_heads)
+    if rows.num_splits:
+        row_slot, positions = step.row_slot[: rows.rows], step.positions[: rows.rows]
+        out = paged_decode(query, k_cache, v_cache, slots.block_tables, row_slot, positions, scale, rows.num_splits)
+    else:
+        active, start = step.active_slots[: rows.bucket], step.query_start[: rows.bucket + 1]
+        out = paged_prefill(query, k_cache, v_cache, slots.block_tables, active, start, slots.seq_lens, scale)
+    return out.flatten(1)
+
+
+@paged_attention.register_fake
+def _(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    norm_eps: float,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_heads: int,
+    scale: float,
+) -> torch.Tensor:
+    return qkv.new_empty(qkv.shape[0], num_heads * k_cache.shape[-1])

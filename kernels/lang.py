@@ -1,0 +1,39 @@
+"""Triton as the kernels import it; without Triton the modules still import and only a kernel launch fails."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from graphexec.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the CPU build of torch does not bring Triton; the references need none
+
+    class _Missing:
+        """Stands where `triton` and `triton.language` would: decorates kernels that can never be launched."""
+
+        constexpr = None
+
+        @staticmethod
+        def jit(function: object = None, **_: object) -> object:
+            return _Missing() if function is not None else lambda inner: _Missing()
+
+        def __getitem__(self, grid: object) -> object:
+            raise ConfigError("This operation needs a Triton kernel, and Triton is not installed. Install `triton`.")
+
+    triton = tl = _Missing()
+
+__all__ = ["tl", "triton", "use_triton"]
+
+
+def use_triton(tensor: torch.Tensor) -> bool:
+    """Whether the kernel (rather than its torch reference) serves `tensor`: on CUDA yes, on the CPU no.
+
+    float64 is the setting of equality tests, and has no kernel on any device.
+    """
+    return tensor.is_cuda and tensor.element_size() < 8
