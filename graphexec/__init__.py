@@ -16,8 +16,7 @@ from graphexec.errors import (
     RequestError,
     StepTimeout,
 )
-from graphexec.pipeline import StepHandle
-from graphexec.plan import DeviceIO, FinishCode, GraphKey, RecordLayout, StepPlan, StepProgram, StepResult
+from graphexec.plan import DeviceIO, FinishCode, GraphKey, RecordLayout, StepHandle, StepPlan, StepProgram, StepResult
 from graphexec.runtime import create_runtime
 
 if TYPE_CHECKING:

@@ -12,11 +12,21 @@ import torch
 from graphexec.capture.buckets import BucketTable
 from graphexec.controller import Controller
 from graphexec.errors import BucketOverflowError, DeviceError, GraphexecError, StepTimeout
-from graphexec.plan import Delta, DeviceIO, GraphKey, Int32Array, RecordLayout, StepPlan, StepProgram, StepResult
+from graphexec.plan import (
+    Delta,
+    DeviceIO,
+    GraphKey,
+    Int32Array,
+    RecordLayout,
+    StepHandle,
+    StepPlan,
+    StepProgram,
+    StepResult,
+)
 from graphexec.rings import OutputRing, StagingRing
 from graphexec.runtime import Runtime
 
-__all__ = ["Launcher", "Pipeline", "StepHandle"]
+__all__ = ["Launcher", "Pipeline", "PipelineHandle", "keep_for_ever"]
 
 _STEP_MASK = 0xFFFFFFFF
 
@@ -31,8 +41,8 @@ class Launcher(Protocol):
         """The call that enqueues the step of this shape."""
 
 
-class StepHandle:
-    """A submitted step."""
+class PipelineHandle(StepHandle):
+    """A step on its way through the pipeline."""
 
     def __init__(self, pipeline: Pipeline, step: int, key: GraphKey, bound: int, last_delta: int) -> None:
         self.step = step
@@ -43,16 +53,6 @@ class StepHandle:
         self._result: StepResult | None = None
 
     def result(self, timeout_s: float | None = None) -> StepResult:
-        """Waits until the record of the step has reached the host, and copies it out.
-
-        Args:
-            timeout_s: seconds to wait; None for the pipeline's limit.
-
-        Raises:
-            StepTimeout: the time is up. The step may still finish; the call can be repeated.
-            BucketOverflowError: the step had more slots than it was launched for, and ran none.
-            DeviceError: the device failed, or the record is not the one of this step.
-        """
         if self._result is None:
             self._result = self._pipeline.collect(self, timeout_s)
         return self._result
@@ -90,7 +90,7 @@ class Pipeline:
             self._next_step = 0
             self._last_delta = -1
             self._failure: BaseException | None = None
-            self._stuck = False
+            self._stuck = self._closed = False
             program.bind(self.io)
             runtime.settle()
 
@@ -104,7 +104,7 @@ class Pipeline:
         rows = plan.chunk_rows + max(bound - plan.chunk_slots, 0) * self._program.rows_per_slot
         return GraphKey("mixed", self._rows.fit(rows) or rows, bucket, plan.variant)
 
-    def submit(self, plan: StepPlan, launcher: Launcher) -> StepHandle:
+    def submit(self, plan: StepPlan, launcher: Launcher) -> PipelineHandle:
         """Enqueues one step and returns at once.
 
         Raises:
@@ -132,7 +132,7 @@ class Pipeline:
                 self._failure = failure
                 raise
             self._next_step = step + 1
-            return StepHandle(self, step, key, bound, self._last_delta)
+            return PipelineHandle(self, step, key, bound, self._last_delta)
 
     def _stage(self, delta: Delta | None, step: int, launcher: Launcher) -> Callable[[], None] | None:
         if delta is None:
@@ -149,8 +149,8 @@ class Pipeline:
 
         return enqueue
 
-    def collect(self, handle: StepHandle, timeout_s: float | None) -> StepResult:
-        """What `StepHandle.result` does."""
+    def collect(self, handle: PipelineHandle, timeout_s: float | None) -> StepResult:
+        """What `PipelineHandle.result` does."""
         with self.runtime.activated():
             limit = self._timeout_s if timeout_s is None else timeout_s
             started = time.perf_counter()
@@ -169,10 +169,14 @@ class Pipeline:
 
     def close(self) -> None:
         """Drains both streams, then frees events and rings; a pipeline that does not drain is never freed (F7)."""
+        if self._closed:
+            return
+        self._closed = True
         with self.runtime.activated():
             self._failure = self._failure or GraphexecError("The pipeline is closed.")
             drained = not self._stuck and self.compute.drain(self._timeout_s) and self._copy.drain(self._timeout_s)
             if not drained:
+                self._stuck = True
                 keep_for_ever(self)
                 return
             self.records.close()
@@ -206,9 +210,9 @@ class Pipeline:
                 f"The pipeline takes no more steps: {self._failure} Create a new backend."
             ) from self._failure
 
-    def _check(self, words: Int32Array, handle: StepHandle) -> None:
+    def _check(self, words: Int32Array, handle: PipelineHandle) -> None:
         step, _, _, overflow, _, last_delta = (int(word) for word in words[:6])
-        if step & _STEP_MASK != handle.step & _STEP_MASK or last_delta != handle.last_delta:
+        if (step - handle.step) & _STEP_MASK or (last_delta - handle.last_delta) & _STEP_MASK:
             self._failure = DeviceError(
                 f"The record of step {handle.step} carries step {step & _STEP_MASK} and delta {last_delta} "
                 f"(expected delta {handle.last_delta}): host and device disagree."
@@ -220,7 +224,7 @@ class Pipeline:
                 "A change reached the device that its plan did not announce as armed."
             )
 
-    def _raise_timeout(self, handle: StepHandle, limit: float) -> None:
+    def _raise_timeout(self, handle: PipelineHandle, limit: float) -> None:
         self._stuck = True
         done, copied = self.records.fences(handle.step)
         passed = "copied (F2)" if copied else "done (F1)" if done else "none; the step itself is still running"

@@ -21,6 +21,7 @@ __all__ = [
     "Int32Array",
     "Phase",
     "RecordLayout",
+    "StepHandle",
     "StepPlan",
     "StepProgram",
     "StepResult",
@@ -136,6 +137,29 @@ class StepPlan:
     delta: Delta | None = None
     chunk_slots: int = 0
     chunk_rows: int = 0
+
+
+class StepHandle(ABC):
+    """A submitted step.
+
+    Attributes:
+        step: its number; a backend counts its steps from 0.
+    """
+
+    step: int
+
+    @abstractmethod
+    def result(self, timeout_s: float | None = None) -> StepResult:
+        """Waits until the record of the step has reached the host, and copies it out; later calls return it again.
+
+        Args:
+            timeout_s: seconds to wait; None for the backend's limit.
+
+        Raises:
+            StepTimeout: the time is up. The step may still finish; the call can be repeated.
+            BucketOverflowError: the step had more slots than it was launched for, and ran none.
+            DeviceError: the device failed, or the record is not the one of this step.
+        """
 
 
 @dataclass(frozen=True, slots=True)

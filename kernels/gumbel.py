@@ -37,12 +37,13 @@ class ChunkBests:
     """Device scratch, `[B, chunks]` each: the largest logit, its id and flags, and the best noisy score and its id."""
 
     def __init__(self, logits: torch.Tensor) -> None:
-        rows, vocabulary = logits.shape
-        chunks = triton.cdiv(vocabulary, CHUNK)
-        self.peaks, self.scores = torch.empty((2, rows, chunks), dtype=torch.float32, device=logits.device)
-        self.peak_ids, self.score_ids, self.flags = torch.empty(
-            (3, rows, chunks), dtype=torch.int32, device=logits.device
-        )
+        shape = (logits.shape[0], triton.cdiv(logits.shape[1], CHUNK))
+        # Separate tensors: Triton compiles anew for a pointer whose alignment changes with the bucket.
+        self.peaks = torch.empty(shape, dtype=torch.float32, device=logits.device)
+        self.scores = torch.empty_like(self.peaks)
+        self.peak_ids = torch.empty_like(self.peaks, dtype=torch.int32)
+        self.score_ids = torch.empty_like(self.peak_ids)
+        self.flags = torch.empty_like(self.peak_ids)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ try:
 except ImportError:  # the CPU build of torch does not bring Triton; the references need none
 
     class _Missing:
-        """Stands where `triton` and `triton.language` would: decorates kernels that can never be launched."""
+        """Stands where `triton` and `triton.language` would: decorates kernels, and refuses to launch them."""
 
         constexpr = None
 
@@ -24,6 +24,13 @@ except ImportError:  # the CPU build of torch does not bring Triton; the referen
             return _Missing() if function is not None else lambda inner: _Missing()
 
         def __getitem__(self, grid: object) -> object:
+            return self.launch
+
+        def __getattr__(self, name: str) -> object:
+            return self.launch()
+
+        @staticmethod
+        def launch(*_: object, **__: object) -> object:
             raise ConfigError("This operation needs a Triton kernel, and Triton is not installed. Install `triton`.")
 
     triton = tl = _Missing()

@@ -110,8 +110,9 @@ def logprobs_triton(
     top = min(columns - 1, vocabulary)
     # torch.topk serves padding rows too: its shape must not depend on data inside a graph.
     top_values, top_ids = logits.topk(top, dim=1)
-    peaks, masses = torch.empty((2, rows, chunks), dtype=torch.float32, device=logits.device)
-    above = torch.empty((rows, chunks), dtype=torch.int32, device=logits.device)
+    peaks = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
+    masses = torch.empty_like(peaks)
+    above = torch.empty_like(peaks, dtype=torch.int32)
     _mass_kernel[(rows, chunks)](
         logits, slots, tokens, peaks, masses, above, vocabulary, logits.stride(0), chunks, CHUNK=CHUNK, num_warps=8
     )

@@ -184,9 +184,10 @@ class CutWorkspace:
         self.bits = 8 * logits.element_size()
         self.passes = self.bits // _DIGIT_BITS
         # Pass i writes half i % 2 and reads the other one, so no program reads what its own launch writes.
-        self.bins = torch.empty((2, rows, chunks, 16), dtype=torch.float32, device=device)
-        self.prefix = torch.empty((2, rows), dtype=torch.int32, device=device)
-        self.needed = torch.empty((2, rows), dtype=torch.float32, device=device)
+        # Halves are separate tensors: Triton compiles anew for a pointer whose alignment changes with the bucket.
+        self.bins = [torch.empty((rows, chunks, 16), dtype=torch.float32, device=device) for _ in range(2)]
+        self.prefix = [torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2)]
+        self.needed = [torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2)]
         self.top_k_cut = torch.empty(rows, dtype=torch.int32, device=device)
 
 

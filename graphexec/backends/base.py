@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from graphexec.capture.manifest import Manifest
 from graphexec.controller import ControllerStats
-from graphexec.pipeline import StepHandle
-from graphexec.plan import GraphKey, StepPlan, StepProgram
+from graphexec.plan import GraphKey, StepHandle, StepPlan, StepProgram
 
 __all__ = ["BackendStats", "ExecutionBackend", "Progress"]
 

@@ -16,8 +16,8 @@ from graphexec.capture.manifest import CapturedGraph, Manifest
 from graphexec.capture.verify import compare, poison, snapshot
 from graphexec.config import BackendConfig
 from graphexec.errors import CaptureError
-from graphexec.pipeline import Pipeline, StepHandle
-from graphexec.plan import GraphKey, StepPlan, StepProgram
+from graphexec.pipeline import Pipeline, keep_for_ever
+from graphexec.plan import GraphKey, StepHandle, StepPlan, StepProgram
 from graphexec.rings import RING_SLOTS
 from graphexec.runtime import Graph, Runtime
 
@@ -77,6 +77,8 @@ class CudaGraphBackend(ExecutionBackend):
         if self._pipeline.drained:
             self._launcher.close()
             self._graphs.close()
+        else:
+            keep_for_ever(self)
 
     def _prepared(self) -> tuple[Pipeline, GraphSet]:
         assert self._pipeline is not None, "prepare() comes first"
@@ -125,8 +127,7 @@ class CudaGraphBackend(ExecutionBackend):
         compute.launch(graph)
         compute.run(lambda: replayed.extend(snapshot([*state, *observed])))
         pipeline.synchronize()
-        compute.run(lambda: compare(key, eager, replayed))
-        pipeline.synchronize()
+        compare(key, eager, replayed)
 
 
 class _GraphLauncher(EagerLauncher):
@@ -170,6 +171,7 @@ class _GraphLauncher(EagerLauncher):
     def close(self) -> None:
         for graph in self._uploads:
             graph.close()
+        self._uploads.clear()
 
     def _eagerly(self, key: GraphKey, reason: str) -> Callable[[], None]:
         self.pipeline.controller.count_eager(reason)

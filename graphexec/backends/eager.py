@@ -8,8 +8,8 @@ from graphexec.backends.base import BackendStats, ExecutionBackend, Progress
 from graphexec.backends.stepping import EagerLauncher, open_pipeline, preserved_state, run_once, warmup_keys
 from graphexec.capture.manifest import Manifest
 from graphexec.config import BackendConfig
-from graphexec.pipeline import Pipeline, StepHandle
-from graphexec.plan import GraphKey, StepPlan, StepProgram
+from graphexec.pipeline import Pipeline
+from graphexec.plan import GraphKey, StepHandle, StepPlan, StepProgram
 from graphexec.runtime import Runtime
 
 __all__ = ["EagerBackend"]

@@ -20,11 +20,10 @@ from graphexec.engine.assemble import Assembly, assemble
 from graphexec.engine.blocks import BlockAllocator
 from graphexec.engine.detokenizer import Detokenizer
 from graphexec.engine.params import SamplingParams
-from graphexec.engine.request import FinishReason, Request, RequestOutput, TokenLogprobs
+from graphexec.engine.request import Request, RequestOutput, TokenLogprobs
 from graphexec.engine.scheduler import ScheduledStep, Scheduler
 from graphexec.errors import DeviceError, GraphexecError, RequestError
-from graphexec.pipeline import StepHandle
-from graphexec.plan import FinishCode, FloatArray, Int32Array, StepResult
+from graphexec.plan import FinishCode, FloatArray, Int32Array, StepHandle, StepResult
 
 __all__ = ["Engine", "EngineStats"]
 
@@ -71,15 +70,16 @@ class Engine:
     Args:
         config: what to serve and how.
         progress: called while graphs are captured.
+        parts: an engine put together by hand, e.g. around a program or a backend of one's own; None to assemble it.
 
     Raises:
         ConfigError: the configuration, the checkpoint or the machine does not allow it.
         CaptureError: a step cannot be captured.
     """
 
-    def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
+    def __init__(self, config: EngineConfig, progress: Progress | None = None, parts: Assembly | None = None) -> None:
         self.config = config
-        parts: Assembly = assemble(config, progress)
+        parts = parts or assemble(config, progress)
         self.resolved = parts.resolved
         self.manifest: Manifest = parts.manifest
         self.num_kv_blocks = parts.num_blocks - 1
@@ -305,7 +305,9 @@ class Engine:
             if request is not None:
                 self._scheduler.abort(request)
                 request.finish("abort")
-                self._deliver(request, 0, outputs)
+                del self._live[request.request_id]
+                end = len(request.output_token_ids)
+                outputs.append(RequestOutput(request, end, end, finished=True))
 
     def _drain_if_needed(self, outputs: list[RequestOutput]) -> None:
         """Collects everything in flight where the next step must not overlap, or needs a preemption."""
@@ -328,37 +330,35 @@ class Engine:
         self._in_flight.popleft()
         self._collected = handle.step
         self._scheduler.missed(scheduled, result)
-        ran = np.flatnonzero(result.num_tokens > 0)
+        ends = {slot: int(result.finish[slot]) for slot in np.flatnonzero(result.finish).tolist()}
         logprobs = None if result.extra is None else _LogprobRows(self._program.unpack_extra(result.extra), result)
-        ended = result.finish.tolist()
-        for slot, count, tokens in zip(
-            ran.tolist(), result.num_tokens[ran].tolist(), result.tokens[ran].tolist(), strict=True
-        ):
+        ran = np.flatnonzero(result.num_tokens >= 0)
+        counts, tokens = result.num_tokens[ran].tolist(), result.tokens[ran].tolist()
+        for slot, count, new in zip(ran.tolist(), counts, tokens, strict=True):
             request = scheduled.owners[slot]
-            if request is None or request.finish_reason is not None:  # aborted while the step ran
+            if request is None or request.finish_reason is not None:  # it was aborted while the step ran
                 continue
-            request.output_token_ids += tokens[:count]
-            if logprobs is not None and request.params.logprobs is not None:
-                request.logprobs.append(logprobs.of(slot, request.params.logprobs))
-            if ended[slot] in _ENDED:
-                self._scheduler.finish(request, _ENDED[ended[slot]])
-            self._deliver(request, count, outputs)
-        if FinishCode.NAN in ended:
-            self._fail_requests(scheduled, result, outputs)
+            known = request.output_token_ids
+            begin = len(known)
+            if count:
+                known += new[:count]
+                if logprobs is not None and request.params.logprobs is not None:
+                    request.logprobs.append(logprobs.of(slot, request.params.logprobs))
+            if slot in ends:
+                self._end(request, ends[slot])
+            if count or request.finish_reason is not None:
+                outputs.append(RequestOutput(request, begin, begin + count, request.finish_reason is not None))
 
-    def _fail_requests(self, scheduled: ScheduledStep, result: StepResult, outputs: list[RequestOutput]) -> None:
-        for slot in np.flatnonzero(result.finish == FinishCode.NAN).tolist():
-            request = scheduled.owners[slot]
-            if request is not None and request.finish_reason is None:
-                self._scheduler.finish(request, "error", "The model's logits hold no number to choose a token from.")
-                self._deliver(request, 0, outputs)
-
-    def _deliver(self, request: Request, count: int, outputs: list[RequestOutput]) -> None:
-        end = len(request.output_token_ids)
-        finished = request.finish_reason is not None
-        outputs.append(RequestOutput(request, end - count, end, finished))
-        if finished:
-            del self._live[request.request_id]
+    def _end(self, request: Request, code: int) -> None:
+        if code == FinishCode.STOP:
+            self._scheduler.finish(request, "stop")
+        elif code == FinishCode.LENGTH:
+            self._scheduler.finish(request, "length")
+        elif code == FinishCode.NAN:
+            self._scheduler.finish(request, "error", "The model's logits hold no number to choose a token from.")
+        else:  # parked: it goes on when its block arrives
+            return
+        del self._live[request.request_id]
 
     def _waited_us(self) -> float:
         return self._backend.stats().wait_us
@@ -375,9 +375,6 @@ class Engine:
             failure = DeviceError(f"{failure} Requests that were running or waiting: {ids}.")
             self._failure = failure
         return failure
-
-
-_ENDED: dict[int, FinishReason] = {int(FinishCode.STOP): "stop", int(FinishCode.LENGTH): "length"}
 
 
 class _LogprobRows:

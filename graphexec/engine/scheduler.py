@@ -118,7 +118,8 @@ class Scheduler:
         budget = self._max_batched_tokens - int(np.count_nonzero(decodes))
         chunks = self._continue_prompts(deltas, budget)
         chunks += self._admit(deltas, budget - sum(chunks))
-        if not chunks and not decodes.any():
+        # A request that waits for the slot of an aborted one needs a step that carries the release.
+        if not chunks and not decodes.any() and not (self._releases and self._waiting):
             return None
         for slot in self._releases:
             deltas.release(slot)
@@ -250,4 +251,5 @@ class Scheduler:
             self._free_slots.append(entry[0])
 
     def _variant(self) -> str:
-        return max(variant for variant, count in self._variants.items() if count).value
+        running = [variant for variant, count in self._variants.items() if count]
+        return max(running, default=SamplerVariant.GREEDY).value

@@ -1,0 +1,276 @@
+"""Times the paged-attention kernels on a GPU: splits and tiles for decode, tiles for prefill against torch's own.
+
+Run from the repository's root: `python -m bench.attention_sweep --json bench/results/h200/attention.json`. Decode is
+memory-bound, so its yardstick is the time in which the bytes of keys and values would pass at `--bandwidth`. Launches
+are timed in replays of a CUDA graph in which each launch has a cache of its own, so that L2 hides no bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from graphexec.kernels.lang import triton
+from graphexec.kernels.paged_decode import DecodeTile, choose_decode_tile, choose_splits, paged_decode_triton
+from graphexec.kernels.paged_prefill import PrefillTile, choose_prefill_tile, paged_prefill_triton
+
+BLOCK_SIZE = 16
+HEADS = ((16, 8, 128), (32, 8, 128))  # H, KH, D
+BATCHES = (1, 64, 256)
+CONTEXTS = (300, 1000, 8000)
+CHUNKS = (512, 2048)
+DECODE_TILES = tuple(
+    DecodeTile(*tile)
+    for tile in ((32, 4, 5), (64, 4, 3), (64, 4, 5), (64, 8, 5), (128, 4, 3), (128, 8, 3), (128, 8, 5))
+)
+PREFILL_TILES = tuple(
+    PrefillTile(*tile)
+    for tile in ((64, 64, 4, 3), (64, 64, 4, 5), (64, 128, 4, 3), (128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3))
+)
+DTYPE = torch.bfloat16
+ROTATION_BYTES = 400 << 20  # what one replay reads at least, several times an L2 of 50 MiB
+MOST_LAUNCHES = 128
+SECONDS = 0.15  # of replays for one measurement
+
+Launch = Callable[[], torch.Tensor]
+Record = dict[str, object]
+
+
+class Load(NamedTuple):
+    """One decode workload: every row has the same context."""
+
+    batch: int
+    context: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return 2 * self.batch * self.context * self.num_kv_heads * self.head_dim * DTYPE.itemsize
+
+
+def microseconds(launches: list[Launch]) -> float:
+    """Microseconds of one launch: the median over replays of a graph that holds all of them, in order."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, and makes torch's libraries allocate, outside of capture
+        for launch in launches[:2]:
+            launch()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    samples: list[float] = []
+    deadline = time.perf_counter() + SECONDS
+    while len(samples) < 5 or (len(samples) < 50 and time.perf_counter() < deadline):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) * 1000 / len(launches))
+    return statistics.median(samples)
+
+
+def measure(record: Record, launches: list[Launch]) -> Record:
+    """`record` with the time, or with the error: a tile that does not fit must not end the sweep."""
+    try:
+        record["microseconds"] = microseconds(launches)
+    except Exception as error:  # whatever the compiler or the driver objects to
+        record["error"] = f"{type(error).__name__}: {error}"[:300]
+        print("  failed:", record, flush=True)
+        if device_lost():
+            raise
+    return record
+
+
+def device_lost() -> bool:
+    """Whether the CUDA context is beyond use, as after an illegal access."""
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
+def make_caches(count: int, blocks: int, num_kv_heads: int, head_dim: int, device: str) -> list[torch.Tensor]:
+    return [
+        torch.empty(blocks + 1, num_kv_heads, BLOCK_SIZE, head_dim, dtype=DTYPE, device=device).normal_()
+        for _ in range(count)
+    ]
+
+
+def scattered_tables(rows: int, tokens: int, device: str) -> torch.Tensor:
+    """Block tables whose blocks lie anywhere in the cache; block 0 is reserved."""
+    blocks = -(-tokens // BLOCK_SIZE)
+    return (1 + torch.randperm(rows * blocks, device=device)).view(rows, blocks).to(torch.int32)
+
+
+def sweep_decode(load: Load, num_sms: int, bandwidth: float, device: str) -> Iterator[Record]:
+    """All splits with the tile of choice, then all tiles with the splits of choice (and without splits)."""
+    batch, context, num_heads, num_kv_heads, head_dim = load
+    launches = max(2, min(MOST_LAUNCHES, -(-ROTATION_BYTES // load.kv_bytes)))
+    blocks = batch * -(-context // BLOCK_SIZE)
+    k_caches, v_caches = (make_caches(launches, blocks, num_kv_heads, head_dim, device) for _ in range(2))
+    tables = scattered_tables(batch, context, device)
+    query = torch.randn(batch, num_heads, head_dim, device=device).to(DTYPE)
+    row_slot = torch.arange(batch, dtype=torch.int32, device=device)
+    positions = torch.full((batch,), context - 1, dtype=torch.int32, device=device)
+
+    chosen_tile = choose_decode_tile(head_dim, DTYPE.itemsize)
+    chosen_splits = choose_splits(batch, num_kv_heads, num_sms)
+    useful = [splits for splits in (1, 2, 4, 8, 16, 32, 64, 128) if splits < 2 * context / chosen_tile.block_n]
+    pairs = [(chosen_splits, chosen_tile)]
+    pairs += [(splits, chosen_tile) for splits in useful if batch * num_kv_heads * splits <= 32 * num_sms]
+    pairs += [(chosen_splits, tile) for tile in DECODE_TILES]
+    pairs += [(1, tile) for tile in DECODE_TILES if batch >= 64]
+    bytes_us = load.kv_bytes / bandwidth * 1e6
+    for num_splits, tile in dict.fromkeys(pairs):
+
+        def launch_on(
+            k: torch.Tensor, v: torch.Tensor, num_splits: int = num_splits, tile: DecodeTile = tile
+        ) -> Launch:
+            return lambda: paged_decode_triton(
+                query, k, v, tables, row_slot, positions, head_dim**-0.5, num_splits, tile
+            )
+
+        record: Record = {
+            **load._asdict(),
+            "num_splits": num_splits,
+            "tile": tile._asdict(),
+            "chosen": (num_splits, tile) == (chosen_splits, chosen_tile),
+            "bytes_us": bytes_us,
+        }
+        record = measure(record, [launch_on(k, v) for k, v in zip(k_caches, v_caches, strict=True)])
+        if isinstance(elapsed := record.get("microseconds"), float):
+            record["over_bytes"] = elapsed / bytes_us
+        yield record
+
+
+def sweep_prefill(sequences: int, chunk: int, heads: tuple[int, int, int], device: str) -> Iterator[Record]:
+    """torch's causal attention on contiguous tensors, then every tile over the paged cache with the same numbers."""
+    num_heads, num_kv_heads, head_dim = heads
+    rows = sequences * chunk
+    tables = scattered_tables(sequences, chunk, device)
+    k_cache, v_cache = make_caches(2, tables.numel(), num_kv_heads, head_dim, device)
+    query = torch.randn(rows, num_heads, head_dim, device=device).to(DTYPE)
+    active = torch.arange(sequences, dtype=torch.int32, device=device)
+    starts = torch.arange(sequences + 1, dtype=torch.int32, device=device) * chunk
+    before = torch.zeros(sequences, dtype=torch.int32, device=device)
+    scale = head_dim**-0.5
+
+    def contiguous(cache: torch.Tensor) -> torch.Tensor:
+        """`[sequences, KH, chunk, D]`"""
+        by_block = cache[tables.long()].transpose(1, 2)
+        return by_block.reshape(sequences, num_kv_heads, -1, head_dim)[:, :, :chunk].contiguous()
+
+    dense_query = query.view(sequences, chunk, num_heads, head_dim).transpose(1, 2).contiguous()
+    keys, values = contiguous(k_cache), contiguous(v_cache)
+
+    def dense() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            dense_query, keys, values, is_causal=True, scale=scale, enable_gqa=num_heads != num_kv_heads
+        )
+
+    expected = dense().transpose(1, 2).reshape(rows, num_heads, head_dim).float()
+    flops = 2 * num_heads * head_dim * sequences * chunk * (chunk + 1)  # two products over half a square
+    workload: Record = {"sequences": sequences, "chunk": chunk, **dict(zip(("H", "KH", "D"), heads, strict=True))}
+
+    def finish(record: Record) -> Record:
+        if isinstance(elapsed := record.get("microseconds"), float):
+            record["tflops"] = flops / elapsed / 1e6
+        return record
+
+    yield finish(measure({**workload, "kernel": "scaled_dot_product_attention"}, [dense] * 8))
+    chosen = choose_prefill_tile(rows, num_heads, head_dim, DTYPE.itemsize)
+    for tile in dict.fromkeys((chosen, *PREFILL_TILES)):
+
+        def paged(tile: PrefillTile = tile) -> torch.Tensor:
+            return paged_prefill_triton(query, k_cache, v_cache, tables, active, starts, before, scale, tile)
+
+        record: Record = {**workload, "kernel": "paged_prefill", "tile": tile._asdict(), "chosen": tile == chosen}
+        record = measure(record, [paged] * 8)
+        if "error" not in record:
+            record["relative_error"] = float((paged().float() - expected).norm() / expected.norm())
+        yield finish(record)
+
+
+def describe(record: Record) -> str:
+    shown = {key: value for key, value in record.items() if key != "tile"}
+    if isinstance(tile := record.get("tile"), dict):
+        shown["tile"] = "/".join(str(number) for number in tile.values())
+    return "  ".join(
+        f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in shown.items()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write every measurement to this file")
+    parser.add_argument("--bandwidth", type=float, default=4.27e12, help="bytes per second to compare decode with")
+    parser.add_argument("--minutes", type=float, default=5.0, help="start no workload after this many minutes")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("The sweep needs a CUDA device, and torch sees none.")
+    run(arguments.json, arguments.bandwidth, arguments.minutes, "cuda")
+
+
+def run(path: Path | None, bandwidth: float, minutes: float, device: str) -> None:
+    properties = torch.cuda.get_device_properties(0)
+    results: dict[str, object] = {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "bandwidth": bandwidth,
+    }
+    decode: list[Record] = []
+    prefill: list[Record] = []
+    results["decode"], results["prefill"] = decode, prefill
+    deadline = time.perf_counter() + 60 * minutes
+
+    def keep(kept: list[Record], records: Iterator[Record]) -> None:
+        try:
+            for record in records:
+                kept.append(record)
+                print(describe(record), flush=True)
+        finally:  # after each workload: what was measured survives whatever comes next
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(results, indent=1) + "\n")
+
+    num_sms = properties.multi_processor_count
+    workloads: list[tuple[list[Record], Callable[[], Iterator[Record]]]] = []
+    for heads in HEADS:
+        for sequences, chunk in itertools.product((1, 4), CHUNKS):
+            workloads.append((prefill, partial(sweep_prefill, sequences, chunk, heads, device)))
+        for batch, context in itertools.product(BATCHES, CONTEXTS):
+            workloads.append((decode, partial(sweep_decode, Load(batch, context, *heads), num_sms, bandwidth, device)))
+    for done, (kept, sweep) in enumerate(workloads):
+        if time.perf_counter() > deadline:
+            print(f"Stopped after {minutes} minutes; {len(workloads) - done} workloads left out.")
+            break
+        try:
+            keep(kept, sweep())
+        except torch.cuda.OutOfMemoryError as error:
+            print("  left out:", str(error).splitlines()[0], flush=True)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

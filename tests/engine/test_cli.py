@@ -1,0 +1,82 @@
+"""The command line: text on standard output, figures and errors on standard error, exit codes 0, 1 and 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = ["--max-model-len", "64", "--max-num-seqs", "2", "--device", "cpu"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "graphexec", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, errors="replace", check=False)
+
+
+def test_generate_prints_text_and_closes_with_figures() -> None:
+    done = run("generate", "def f(", *SMALL, "--max-tokens", "12", "--backend", "eager", "--overlap-depth", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "12 tokens" in done.stderr.splitlines()[-1]
+    assert "tokens/s" in done.stderr
+    assert "depth 2" in done.stderr
+
+
+def test_one_bad_prompt_costs_the_others_nothing_and_the_exit_code_says_so() -> None:
+    done = run("generate", "def f(", "", *SMALL, "--max-tokens", "8")
+    assert done.returncode == 2
+    assert done.stdout.strip()
+    assert "prompt '': The prompt is empty" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "Missing argument"),
+        (["generate", "x", "--no-such-option"], "No such option"),
+        (["generate", "x", "--backend", "cudagrap"], "Did you mean 'cudagraph'"),
+        (["generate", "x", "--overlap-depth", "9"], "overlap_depth=9"),
+        (["generate", "x", "--top-p", "0"], "top_p=0.0"),
+        (["generate", "x", "--model", "/nowhere"], "There is no folder"),
+        (["generate", "x", "--config", "/nowhere.toml"], "Cannot read /nowhere.toml"),
+    ],
+)
+def test_bad_input_exits_with_two(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_key_of_a_toml_file_names_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "engine.toml"
+    path.write_text("max_num_seq = 2\n[backend]\nname = 'eager'\n")
+    done = run("generate", "x", "--config", str(path))
+    assert done.returncode == 2
+    assert "Did you mean 'max_num_seqs'" in done.stderr
+
+
+def test_warmup_captures_the_ladder_and_writes_the_manifest(tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.json"
+    config = tmp_path / "engine.toml"
+    config.write_text("max_num_seqs = 3\nmax_model_len = 64\n[backend]\ncapture_sizes = [1, 3]\n")
+    done = run("warmup", "--config", str(config), "--device", "cpu", "--manifest", str(manifest))
+    assert done.returncode == 0, done.stderr
+    written = json.loads(manifest.read_text())
+    assert [(graph["key"]["bucket"], graph["key"]["variant"]) for graph in written["graphs"]] == [
+        (bucket, variant) for bucket in (3, 1) for variant in ("greedy", "sampled", "logprobs")
+    ]
+    assert all(graph["verified"] for graph in written["graphs"])
+    assert written["missing"] == {}
+    assert "6 graphs on cpu" in done.stderr
+
+
+def test_env_prints_the_resolved_configuration() -> None:
+    done = run("env")
+    assert done.returncode == 0, done.stderr
+    for word in ("torch", "max_model_len", "backend.overlap_depth", "1024"):
+        assert word in done.stdout

@@ -1,0 +1,130 @@
+"""Tokens, finish reasons and log-probabilities do not depend on backend, depth, batch mates or preemption.
+
+On the CPU in float64: equal tokens, log-probabilities within 1e-9, against each request alone, eagerly, at depth 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+
+from graphexec import BackendConfig, Engine, EngineConfig, SamplingParams
+from tests.support.checkpoints import make_checkpoint
+from tests.support.traffic import Arrival, Outcome, replay, traffic
+
+# backend, depth, KV blocks of 8 tokens (24 hold three long requests of eight), whether prompt chunks overlap
+SETTINGS = [
+    ("eager", 1, 200, True),
+    ("cudagraph", 0, 24, True),
+    ("cudagraph", 1, 200, True),
+    ("cudagraph", 1, 24, True),
+    ("cudagraph", 1, 24, False),
+    ("cudagraph", 2, 24, True),
+    ("cudagraph", 4, 24, True),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("small") / "model")
+
+
+def make_engine(checkpoint: Path, name: str, depth: int, blocks: int, overlap_prefill: bool = True) -> Engine:
+    return Engine(
+        EngineConfig(
+            model=str(checkpoint),
+            device="cpu",
+            dtype="float64",
+            max_num_seqs=6,
+            max_model_len=80,
+            max_num_batched_tokens=16,
+            kv_block_size=8,
+            num_kv_blocks=blocks,
+            backend=BackendConfig(
+                name=name, overlap_depth=depth, overlap_prefill=overlap_prefill, step_timeout_s=30, verify=False
+            ),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint: Path) -> Iterator[Engine]:
+    with make_engine(checkpoint, "eager", 0, 200) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=lambda setting: "-".join(map(str, setting)))
+def engine(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    with make_engine(checkpoint, *request.param) as engine:
+        yield engine
+
+
+def assert_same(actual: Outcome, expected: Outcome, was_aborted: bool) -> None:
+    if was_aborted and actual.finish_reason == "abort":
+        assert actual.tokens == expected.tokens[: len(actual.tokens)]
+        return
+    assert actual.tokens == expected.tokens
+    assert actual.finish_reason == expected.finish_reason
+    if expected.logprobs is not None:
+        assert actual.logprobs is not None
+        assert [entry[::2] for entry in actual.logprobs] == [entry[::2] for entry in expected.logprobs]
+        for (_, value, _), (_, wanted, _) in zip(actual.logprobs, expected.logprobs, strict=True):
+            assert value == pytest.approx(wanted, abs=1e-9)
+
+
+@settings(max_examples=12, deadline=None)
+@given(arrivals=traffic())
+def test_a_request_gets_the_tokens_it_gets_alone(engine: Engine, alone: Engine, arrivals: list[Arrival]) -> None:
+    outcomes = replay(engine, arrivals)
+    for arrival, outcome in zip(arrivals, outcomes, strict=True):
+        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
+        assert_same(outcome, expected, arrival.abort_after is not None)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 4])
+def test_a_preempted_request_continues_where_it_was(checkpoint: Path, alone: Engine, depth: int) -> None:
+    arrivals = [
+        Arrival(
+            index,
+            tuple(range(2 + index, 22 + index)),
+            SamplingParams(
+                max_tokens=40,
+                temperature=float(index % 2),
+                seed=index,
+                ignore_eos=True,
+                logprobs=1 if index > 3 else None,
+            ),
+        )
+        for index in range(6)
+    ]
+    with make_engine(checkpoint, "cudagraph", depth, 20) as engine:
+        outcomes = replay(engine, arrivals)
+        assert engine.stats().preemptions > 0
+    for arrival, outcome in zip(arrivals, outcomes, strict=True):
+        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
+        assert_same(outcome, expected, was_aborted=False)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 4])
+@pytest.mark.parametrize("position", range(1, 12))
+def test_a_late_stop_delivers_no_extra_token(checkpoint: Path, alone: Engine, depth: int, position: int) -> None:
+    engine = cached_engine(checkpoint, depth)
+    prompt = (5, 6, 7)
+    (full,) = replay(
+        alone, [Arrival(0, prompt, SamplingParams(max_tokens=12, temperature=1.3, seed=9, ignore_eos=True))]
+    )
+    stop = full.tokens[position - 1]
+    first = full.tokens.index(stop) + 1
+    params = SamplingParams(max_tokens=12, temperature=1.3, seed=9, ignore_eos=True, stop_token_ids=[stop])
+    (outcome,) = replay(engine, [Arrival(0, prompt, params)])
+    assert outcome.tokens == full.tokens[:first]
+    assert outcome.finish_reason == "stop"
+
+
+@cache
+def cached_engine(checkpoint: Path, depth: int) -> Engine:
+    return make_engine(checkpoint, "cudagraph", depth, 200)

@@ -1,0 +1,120 @@
+"""The attention kernels on the device, in every dtype they serve."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from graphexec.kernels.paged_decode import paged_decode, paged_decode_triton
+from graphexec.kernels.paged_prefill import PrefillTile
+from tests.support.attention_cases import (
+    SHAPES,
+    TOLERANCE,
+    AttentionCase,
+    HeadShape,
+    Step,
+    attention_cases,
+    check_decode,
+    check_prefill,
+    check_rope_write,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+some = settings(max_examples=40, deadline=None)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SMALL = HeadShape(num_kv_heads=2, group=2, head_dim=128, block_size=16)
+NO_ACTIVE_ROWS = AttentionCase(SMALL, torch.bfloat16, slots=(None, None), padding=3)
+
+
+@some
+@given(
+    case=attention_cases(DTYPES, longest_context=900, longest_chunk=3),
+    num_splits=st.sampled_from([1, 4, 32]),
+)
+@example(case=NO_ACTIVE_ROWS, num_splits=4)
+def test_decode_matches_dense_attention(case: AttentionCase, num_splits: int) -> None:
+    check_decode(case, "cuda", num_splits)
+
+
+@some
+@given(case=attention_cases(DTYPES, longest_context=300, longest_chunk=100))
+@example(case=NO_ACTIVE_ROWS)
+def test_prefill_matches_dense_attention(case: AttentionCase) -> None:
+    check_prefill(case, "cuda")
+
+
+@pytest.mark.parametrize("tile", [PrefillTile(128, 64, 8, 5), PrefillTile(64, 64, 4, 3), PrefillTile(16, 32, 4, 2)])
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_prefill_matches_dense_attention_with_every_tile(shape: HeadShape, tile: PrefillTile) -> None:
+    slots = ((70, 1), (0, 133), None, (5, 1), (431, 90))
+    check_prefill(AttentionCase(shape, torch.bfloat16, slots, padding=2), "cuda", tile)
+
+
+@some
+@given(case=attention_cases(DTYPES, longest_context=100, longest_chunk=20), with_norm=st.booleans())
+@example(case=NO_ACTIVE_ROWS, with_norm=True)
+def test_rope_write_matches_the_reference(case: AttentionCase, with_norm: bool) -> None:
+    check_rope_write(case, "cuda", with_norm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_splits", [2, 16, 128])
+def test_a_split_without_work_leaves_no_trace(dtype: torch.dtype, num_splits: int) -> None:
+    check_decode(AttentionCase(SMALL, dtype, slots=(None, (0, 1), None, (40, 1)), padding=1), "cuda", num_splits)
+
+
+def test_a_captured_launch_serves_other_contexts_and_fewer_rows() -> None:
+    """The grid must hold no host number that depends on the context."""
+    case = AttentionCase(SMALL, torch.bfloat16, slots=((700, 1), (3, 1), (250, 1)))
+    step = Step(case, "cuda")
+
+    def launch() -> torch.Tensor:
+        return paged_decode(
+            step.query,
+            step.k_cache,
+            step.v_cache,
+            step.block_tables,
+            step.row_slot,
+            step.positions,
+            step.scale,
+            num_splits=8,
+        )
+
+    real_positions = step.positions.clone()
+    step.positions.zero_()
+    launch()  # compiles outside of capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = launch()
+    step.positions.copy_(real_positions)
+    graph.replay()
+    torch.cuda.synchronize()
+    step.assert_right(out, TOLERANCE[case.dtype])
+
+    out.fill_(float("nan"))
+    step.row_slot[1:] = -1
+    graph.replay()
+    torch.cuda.synchronize()
+    step.rows = 1
+    step.assert_right(out, TOLERANCE[case.dtype])
+    step.assert_padding_untouched(out)
+
+
+def test_a_row_is_bitwise_the_same_alone_and_in_a_crowd() -> None:
+    """In one bucket with one number of splits: what decides a row's arithmetic is its own context."""
+    slots = tuple((97 * index, 1) for index in range(8))
+    step = Step(AttentionCase(SMALL, torch.bfloat16, slots), "cuda")
+
+    def launch(row_slot: torch.Tensor) -> torch.Tensor:
+        caches = step.k_cache, step.v_cache, step.block_tables
+        return paged_decode_triton(step.query, *caches, row_slot, step.positions, step.scale, num_splits=4)
+
+    crowd = launch(step.row_slot)
+    for row in range(step.rows):
+        alone = torch.full_like(step.row_slot, -1)
+        alone[row] = step.row_slot[row]
+        assert torch.equal(launch(alone)[row], crowd[row])

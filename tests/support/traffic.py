@@ -1,0 +1,103 @@
+"""Traffic for engine tests: staggered arrivals with stops, aborts and every kind of sampling; and who replays it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from graphexec import Engine, RequestOutput, SamplingParams
+
+__all__ = ["Arrival", "Outcome", "replay", "traffic"]
+
+_VOCABULARY = 96
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One request: when it comes (in steps), what it asks, and after how many steps it is aborted, if at all."""
+
+    at_step: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    abort_after: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request: its tokens, why it ended, and log-probabilities if asked for."""
+
+    tokens: tuple[int, ...]
+    finish_reason: str | None
+    logprobs: tuple[tuple[int, float, int], ...] | None
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> Outcome:
+        logprobs = output.logprobs
+        return cls(
+            tuple(output.token_ids),
+            output.finish_reason,
+            None if logprobs is None else tuple((entry.token_id, entry.logprob, entry.rank) for entry in logprobs),
+        )
+
+
+def _params() -> st.SearchStrategy[SamplingParams]:
+    return st.builds(
+        _build_params,
+        max_tokens=st.integers(1, 24),
+        min_tokens=st.integers(0, 6),
+        temperature=st.sampled_from([0.0, 0.0, 0.7, 1.5]),
+        top_k=st.sampled_from([0, 0, 1, 5, 40]),
+        top_p=st.sampled_from([1.0, 1.0, 0.5, 0.95]),
+        seed=st.integers(0, 2**63 - 1),
+        # With several stop tokens of a vocabulary of 96, sequences end at every position.
+        stop_token_ids=st.lists(st.integers(0, _VOCABULARY - 1), max_size=8, unique=True),
+        ignore_eos=st.booleans(),
+        logprobs=st.sampled_from([None, None, 0, 3]),
+    )
+
+
+def _build_params(max_tokens: int, min_tokens: int, **others: object) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, min_tokens=min(min_tokens, max_tokens), **others)
+
+
+def traffic(max_requests: int = 8) -> st.SearchStrategy[list[Arrival]]:
+    """Up to `max_requests` requests; prompts of 1 to 40 tokens, so that some take several chunks of 16."""
+    arrival = st.builds(
+        Arrival,
+        at_step=st.integers(0, 20),
+        prompt=st.lists(st.integers(2, _VOCABULARY - 1), min_size=1, max_size=40).map(tuple),
+        params=_params(),
+        abort_after=st.none() | st.none() | st.none() | st.integers(0, 12),
+    )
+    return st.lists(arrival, min_size=1, max_size=max_requests)
+
+
+def replay(engine: Engine, arrivals: list[Arrival]) -> list[Outcome]:
+    """Runs the traffic through `engine`, and checks on the way that outputs arrive once, in order and completely."""
+    ids: dict[str, int] = {}
+    delivered: dict[str, list[int]] = {}
+    outcomes: dict[int, Outcome] = {}
+    step = 0
+    while len(outcomes) < len(arrivals):
+        for index, arrival in enumerate(arrivals):
+            if arrival.at_step == step:
+                request_id = engine.add_request(list(arrival.prompt), arrival.params)
+                ids[request_id] = index
+                delivered[request_id] = []
+        for request_id, index in ids.items():
+            after = arrivals[index].abort_after
+            if after is not None and arrivals[index].at_step + after == step:
+                engine.abort(request_id)
+        for output in engine.step():
+            request_id = output.request_id
+            assert ids[request_id] not in outcomes, "an output after the last one"
+            delivered[request_id] += output.new_token_ids
+            assert output.token_ids == delivered[request_id]
+            if output.finished:
+                outcomes[ids[request_id]] = Outcome.of(output)
+        step += 1
+        assert step < 5000, "the engine makes no progress"
+    while engine.has_unfinished():
+        assert engine.step() == []
+    return [outcomes[index] for index in range(len(arrivals))]

@@ -1,0 +1,215 @@
+"""The attention kernels under Triton's interpreter, and their references, on the CPU.
+
+The interpreter multiplies bfloat16 matrices as if their bits were integers, and truncates where the hardware rounds to
+bfloat16, so 16 bits means float16 here; tests/gpu runs the same checks in bfloat16.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from graphexec.kernels.paged_decode import (
+    DecodeTile,
+    choose_splits,
+    paged_decode,
+    paged_decode_reference,
+    paged_decode_triton,
+)
+from graphexec.kernels.paged_prefill import PrefillTile, paged_prefill, paged_prefill_reference
+from graphexec.kernels.rope_write import rope_write, rope_write_reference
+from tests.support.attention_cases import (
+    SHAPES,
+    AttentionCase,
+    HeadShape,
+    Step,
+    attention_cases,
+    check_decode,
+    check_prefill,
+    check_rope_write,
+)
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="runs kernels on the CPU, under TRITON_INTERPRET=1; tests/gpu has the same checks for the device",
+)
+few = settings(max_examples=20, deadline=None)
+DTYPES = (torch.float16, torch.float32)
+SMALL = HeadShape(num_kv_heads=2, group=2, head_dim=64, block_size=8)
+NO_ACTIVE_ROWS = AttentionCase(SMALL, torch.float32, slots=(None, None), padding=3)
+NO_ROWS = AttentionCase(SMALL, torch.float32, slots=(None,))
+ONE_TOKEN_AMONG_HOLES = AttentionCase(SMALL, torch.float32, slots=(None, (0, 1), None), padding=1)
+
+
+@interpreted
+@few
+@given(
+    case=attention_cases(DTYPES, longest_context=200, longest_chunk=2),
+    num_splits=st.sampled_from([1, 2, 8]),
+    tile=st.sampled_from([None, DecodeTile(block_n=16, num_warps=4, num_stages=3)]),
+)
+@example(case=NO_ACTIVE_ROWS, num_splits=4, tile=None)
+@example(case=NO_ROWS, num_splits=1, tile=None)
+def test_decode_matches_dense_attention(case: AttentionCase, num_splits: int, tile: DecodeTile | None) -> None:
+    check_decode(case, "cpu", num_splits, tile)
+
+
+@interpreted
+@few
+@given(
+    case=attention_cases(DTYPES, longest_context=80, longest_chunk=40),
+    tile=st.sampled_from([None, PrefillTile(block_m=16, block_n=16, num_warps=4, num_stages=2)]),
+)
+@example(case=NO_ACTIVE_ROWS, tile=None)
+@example(case=NO_ROWS, tile=None)
+def test_prefill_matches_dense_attention(case: AttentionCase, tile: PrefillTile | None) -> None:
+    check_prefill(case, "cpu", tile)
+
+
+@interpreted
+@few
+@given(case=attention_cases(DTYPES, longest_context=40, longest_chunk=4), with_norm=st.booleans())
+@example(case=NO_ACTIVE_ROWS, with_norm=True)
+@example(case=NO_ROWS, with_norm=False)
+def test_rope_write_matches_the_reference(case: AttentionCase, with_norm: bool) -> None:
+    check_rope_write(case, "cpu", with_norm)
+
+
+@interpreted
+def test_padding_rows_write_nowhere() -> None:
+    case = AttentionCase(SMALL, torch.float32, slots=((9, 2), None), padding=3)
+    check_decode(case, "cpu", num_splits=1)
+    check_decode(case, "cpu", num_splits=4)
+    check_prefill(case, "cpu")
+    check_rope_write(case, "cpu", with_norm=True)
+
+
+@interpreted
+@pytest.mark.parametrize("num_splits", [2, 3, 16])
+def test_a_split_without_work_leaves_no_trace(num_splits: int) -> None:
+    check_decode(ONE_TOKEN_AMONG_HOLES, "cpu", num_splits)
+
+
+@interpreted
+def test_prefill_mixes_single_tokens_with_long_chunks() -> None:
+    slots = ((70, 1), (0, 33), None, (5, 1), (31, 40))
+    check_prefill(AttentionCase(SHAPES[3], torch.float32, slots, padding=2), "cpu", PrefillTile(16, 16, 4, 2))
+
+
+@interpreted
+def test_prefill_searches_beyond_its_first_window() -> None:
+    slots = tuple((index % 3, 1) for index in range(140))
+    check_prefill(AttentionCase(SHAPES[0], torch.float32, slots, padding=1), "cpu", PrefillTile(16, 16, 4, 2))
+
+
+@interpreted
+def test_a_split_count_out_of_range_is_refused() -> None:
+    step = Step(ONE_TOKEN_AMONG_HOLES, "cpu")
+    where = step.block_tables, step.row_slot, step.positions, step.scale
+    for num_splits in (0, 129):
+        with pytest.raises(ValueError, match="choose_splits"):
+            paged_decode_triton(step.query, step.k_cache, step.v_cache, *where, num_splits)
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=attention_cases((torch.float64,), longest_context=200, longest_chunk=12))
+def test_references_match_dense_attention(case: AttentionCase) -> None:
+    step = Step(case, "cpu")
+    decoded = paged_decode(*step.wide, step.block_tables, step.row_slot, step.positions, step.scale, num_splits=4)
+    step.assert_right(decoded, 1e-12)
+    chunked = paged_prefill(
+        *step.wide, step.block_tables, step.active_slots, step.query_start, step.seq_lens, step.scale
+    )
+    step.assert_right(chunked, 1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=attention_cases((torch.float64,), longest_context=200, longest_chunk=8))
+def test_batch_mates_do_not_change_a_row(case: AttentionCase) -> None:
+    step = Step(case, "cpu")
+    decoded = paged_decode_reference(*step.wide, step.block_tables, step.row_slot, step.positions, step.scale)
+    chunked = paged_prefill_reference(
+        *step.wide, step.block_tables, step.active_slots, step.query_start, step.seq_lens, step.scale
+    )
+    query, *caches = step.wide
+    for index, slot in enumerate(step.order):
+        mine = slice(int(step.query_start[index]), int(step.query_start[index + 1]))
+        row = mine.start
+        alone = paged_decode_reference(
+            query[row : row + 1],
+            *caches,
+            step.block_tables,
+            step.row_slot[row : row + 1],
+            step.positions[row : row + 1],
+            step.scale,
+        )
+        torch.testing.assert_close(alone[0], decoded[row], rtol=1e-12, atol=1e-12)
+        start = torch.tensor([0, mine.stop - mine.start], dtype=torch.int32)
+        alone = paged_prefill_reference(
+            query[mine], *caches, step.block_tables, torch.tensor([slot]), start, step.seq_lens, step.scale
+        )
+        torch.testing.assert_close(alone, chunked[mine], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rope_write_computes_what_qwen3_computes(dtype: torch.dtype) -> None:
+    qwen3 = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")
+    rows, num_heads, num_kv_heads, head_dim = 5, 4, 2, 64
+    qkv = torch.randn(rows, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
+    angles = (torch.arange(rows)[:, None] * torch.rand(head_dim // 2)).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    q_norm, k_norm = qwen3.Qwen3RMSNorm(head_dim).to(dtype), qwen3.Qwen3RMSNorm(head_dim).to(dtype)
+    weights = [torch.rand(head_dim).to(dtype) + 0.5 for _ in range(2)]
+    q_norm.weight.data, k_norm.weight.data = weights
+    k_cache, v_cache = torch.zeros(2, num_kv_heads, 8, head_dim, dtype=dtype).repeat(2, 1, 1, 1, 1)
+    kv_slots = torch.arange(8, 8 + rows)
+
+    query = rope_write(
+        qkv, cos, sin, *weights, q_norm.variance_epsilon, k_cache, v_cache, kv_slots, num_heads=num_heads
+    )
+
+    heads = qkv.view(1, rows, -1, head_dim)
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+    with torch.no_grad():
+        q, k = qwen3.apply_rotary_pos_emb(q_norm(q), k_norm(k), cos[None], sin[None], unsqueeze_dim=2)
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(query, q[0], **close)
+    torch.testing.assert_close(k_cache[1, :, :rows].transpose(0, 1), k[0], **close)
+    assert torch.equal(v_cache[1, :, :rows].transpose(0, 1), v[0])
+    assert not k_cache[0].any()
+
+
+def test_rope_write_refuses_a_projection_of_the_wrong_width() -> None:
+    cache = torch.zeros(2, 2, 8, 64)
+    angles = torch.zeros(1, 64)
+    with pytest.raises(ValueError, match="columns"):
+        rope_write(
+            torch.zeros(1, 7 * 64), angles, angles, None, None, 0.0, cache, cache, torch.tensor([8]), num_heads=4
+        )
+
+
+def test_rope_write_leaves_the_cache_alone_when_all_rows_are_padding() -> None:
+    cache = torch.full((2, 2, 8, 64), 7.0)
+    angles = torch.zeros(3, 64)
+    slots = torch.full((3,), -1)
+    rope_write_reference(torch.zeros(3, 8 * 64), angles, angles, None, None, 0.0, cache, cache, slots, num_heads=4)
+    assert (cache == 7.0).all()
+
+
+@given(rows=st.integers(0, 1024), num_kv_heads=st.integers(1, 16), num_sms=st.integers(1, 200))
+def test_splits_are_a_power_of_two_that_never_crowds_the_device(rows: int, num_kv_heads: int, num_sms: int) -> None:
+    splits = choose_splits(rows, num_kv_heads, num_sms)
+    assert 1 <= splits <= 128
+    assert splits & (splits - 1) == 0
+    assert splits == 1 or rows * num_kv_heads * splits <= 2 * num_sms
+
+
+def test_splits_on_an_h200_fall_as_the_bucket_grows() -> None:
+    assert [choose_splits(rows, num_kv_heads=8, num_sms=132) for rows in (1, 2, 8, 16, 32, 64, 256)] == [
+        *(32, 16, 4, 2),
+        *(1, 1, 1),
+    ]
