@@ -64,8 +64,10 @@ class GraphSet:
         return self._runtime.capture(work, self._stream, self._pool)
 
     def discard(self, key: GraphKey) -> None:
-        """Frees one graph, whose replays have all finished."""
-        self._graphs.pop(key).close()
+        """Frees the graph of a key, if there is one; its replays must all have finished."""
+        graph = self._graphs.pop(key, None)
+        if graph is not None:
+            graph.close()
 
     def seal(self) -> None:
         """After this, a step without a graph runs eagerly and is counted; nothing is captured behind one's back."""

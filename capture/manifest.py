@@ -23,7 +23,8 @@ class CapturedGraph:
         key: what it serves.
         nodes: graph nodes; `kernels` of them are kernels.
         pool_bytes: by how much its capture made the shared pool grow.
-        capture_s: seconds for warming the shape up, capturing and instantiating it.
+        warmup_s: seconds of the eager step before it, which compiles kernels that no earlier shape has compiled.
+        capture_s: seconds for capturing and instantiating it.
         fingerprint: equal for graphs of equal structure.
         verified: whether its replay was compared with the eager step.
     """
@@ -32,6 +33,7 @@ class CapturedGraph:
     nodes: int
     kernels: int
     pool_bytes: int
+    warmup_s: float
     capture_s: float
     fingerprint: str
     verified: bool
@@ -68,7 +70,7 @@ class Manifest:
 
     @property
     def capture_s(self) -> float:
-        """Seconds that all captures took, verification apart."""
+        """Seconds that all captures took, warm-up and verification apart."""
         return sum(graph.capture_s for graph in self.graphs)
 
     @property

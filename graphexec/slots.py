@@ -132,6 +132,8 @@ class SlotDeltas:
             begin = HEADER_WORDS + index * width
             block_offset, token_offset = used, used + len(delta.blocks)
             used = token_offset + len(delta.tokens)
+            if used > limits.payload_words:  # numpy would drop a single word beyond the end in silence
+                raise ValueError(f"The deltas of step {step} carry more than {limits.payload_words} tokens and blocks.")
             words[begin : begin + 3] = (slot, delta.flags, delta.query_len)
             words[begin + 12 : begin + ENTRY_FIELDS] = (
                 delta.first_block,

@@ -54,6 +54,10 @@ class CudaGraphBackend(ExecutionBackend):
                     if not isinstance(failure.__cause__, torch.OutOfMemoryError):
                         raise
                     missing[key] = "out of memory"
+                except torch.OutOfMemoryError:  # in the eager step before the capture, or in the verification after it
+                    graphs.discard(key)
+                    missing[key] = "out of memory"
+                if key in missing:
                     _log.warning("No graph for the %s: out of memory. It will run eagerly.", key)
                 if progress is not None:
                     progress(index + 1, len(keys), key)
@@ -87,19 +91,24 @@ class CudaGraphBackend(ExecutionBackend):
 
     def _capture(self, key: GraphKey, pipeline: Pipeline, graphs: GraphSet) -> CapturedGraph:
         started = time.perf_counter()
-        try:
-            run_once(self._program, pipeline, key)  # compiles kernels and allocates workspaces outside of the capture
-        except torch.OutOfMemoryError as failure:
-            raise CaptureError(f"The {key} does not fit into memory.") from failure
+        run_once(self._program, pipeline, key)  # compiles kernels and allocates workspaces outside of the capture
         used_before = self._runtime.used()
+        warm = time.perf_counter()
         graph = graphs.capture(key, lambda: self._program.step(key))
-        grown = self._runtime.used() - used_before
-        seconds = time.perf_counter() - started
+        captured = time.perf_counter()
+        pool_bytes = self._runtime.used() - used_before
         if self._config.verify:
             self._verify(key, pipeline, graphs)
         info = graph.describe()
         return CapturedGraph(
-            key, info.nodes, info.kernels, grown, seconds, info.fingerprint, verified=self._config.verify
+            key=key,
+            nodes=info.nodes,
+            kernels=info.kernels,
+            pool_bytes=pool_bytes,
+            warmup_s=warm - started,
+            capture_s=captured - warm,
+            fingerprint=info.fingerprint,
+            verified=self._config.verify,
         )
 
     def _verify(self, key: GraphKey, pipeline: Pipeline, graphs: GraphSet) -> None:

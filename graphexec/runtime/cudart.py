@@ -9,6 +9,7 @@ import hashlib
 from typing import Any
 
 from cuda.bindings import driver, runtime
+from torch import OutOfMemoryError
 
 from graphexec.errors import DeviceError
 
@@ -43,7 +44,10 @@ def _fail(call: str, code: Handle) -> None:
         name, text = driver.cuGetErrorName(code)[1], driver.cuGetErrorString(code)[1]
     else:
         name, text = runtime.cudaGetErrorName(code)[1], runtime.cudaGetErrorString(code)[1]
-    raise DeviceError(f"{call} failed with {_decode(name)}: {_decode(text)}.")
+    shown = f"{call} failed with {_decode(name)}: {_decode(text)}."
+    if code == runtime.cudaError_t.cudaErrorMemoryAllocation:
+        raise OutOfMemoryError(shown)  # as torch says it, since callers need not know who ran out
+    raise DeviceError(shown)
 
 
 def _decode(text: object) -> str:

@@ -1,0 +1,161 @@
+"""The whole engine on the GPU: the same tokens as eager, no synchronising call on the step path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.collatz import run as run_collatz
+from graphexec import BackendConfig, Engine, EngineConfig, SamplingParams
+from tests.support.checkpoints import make_checkpoint
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SETTINGS = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "initializer_range": 0.1,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "model", **SETTINGS)
+
+
+def open_engine(
+    checkpoint: Path, backend: BackendConfig, dtype: str = "float32", compile: str = "off", **settings: object
+) -> Engine:
+    values = {"max_num_seqs": 8, "max_model_len": 256, "num_kv_blocks": 160} | settings
+    return Engine(
+        EngineConfig(model=str(checkpoint), device="cuda", dtype=dtype, compile=compile, backend=backend, **values)
+    )
+
+
+def one_bucket(name: str, depth: int) -> BackendConfig:
+    return BackendConfig(name=name, overlap_depth=depth, capture_sizes=(8,), prefill_sizes=(264,))
+
+
+def requests(count: int) -> list[tuple[list[int], SamplingParams]]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(1, 100, (count,), generator=generator).tolist()
+    prompts = [torch.randint(2, 2048, (length,), generator=generator).tolist() for length in lengths]
+    params = [
+        SamplingParams(
+            max_tokens=20 + index % 17,
+            temperature=[0.0, 0.8, 1.2][index % 3],
+            top_k=[0, 20, 0, 5][index % 4],
+            top_p=[1.0, 0.9][index % 2],
+            seed=index,
+            logprobs=2 if index % 5 == 0 else None,
+        )
+        for index in range(count)
+    ]
+    return list(zip(prompts, params, strict=True))
+
+
+def tokens(engine: Engine, wanted: list[tuple[list[int], SamplingParams]]) -> list[list[int]]:
+    outputs = engine.generate([prompt for prompt, _ in wanted], [params for _, params in wanted])
+    assert all(output.error is None for output in outputs)
+    return [output.token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_with_one_bucket_graphs_depths_and_batch_mates_change_no_bit(checkpoint: Path, dtype: str) -> None:
+    wanted = requests(20)
+    settings = {"max_num_batched_tokens": 256}
+    with open_engine(checkpoint, one_bucket("eager", 0), dtype, **settings) as engine:
+        expected = tokens(engine, wanted)
+        alone = [tokens(engine, [request])[0] for request in wanted[:6]]
+    assert alone == expected[:6]
+    for depth in (0, 1, 2, 4):
+        with open_engine(checkpoint, one_bucket("cudagraph", depth), dtype, **settings) as engine:
+            assert tokens(engine, wanted) == expected
+            assert engine.stats().replays > 0
+    with open_engine(checkpoint, one_bucket("cudagraph", 1), dtype, num_kv_blocks=40, **settings) as engine:
+        assert tokens(engine, wanted) == expected
+        assert engine.stats().preemptions > 0
+
+
+@pytest.mark.parametrize("mode", ["off", "layer", "model"])
+def test_across_buckets_a_token_differs_only_where_the_logits_are_close(checkpoint: Path, mode: str) -> None:
+    """Teacher-forced: transformers, in float64, judges every token of a bfloat16 engine with the whole ladder."""
+    from transformers import AutoModelForCausalLM
+
+    wanted = [(prompt, SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)) for prompt, _ in requests(12)]
+    with open_engine(checkpoint, BackendConfig(), "bfloat16", mode) as engine:
+        produced = tokens(engine, wanted)
+        assert engine.stats().eager_steps.keys() <= {"prompt chunks", "idle"}
+    reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).double().cuda()
+    close, error = 0, 0.35  # logits of this model have a spread of about 5; bfloat16 moves them by up to 0.15
+    for (prompt, _), output in zip(wanted, produced, strict=True):
+        with torch.no_grad():
+            logits = reference(torch.tensor([prompt + output], device="cuda")).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(output, device="cuda")[:, None])[:, 0]
+        gap = logits.max(1).values - chosen
+        assert gap.max() < error
+        close += int((gap > 0).sum())
+    total = sum(len(output) for output in produced)
+    print(json.dumps({"compile": mode, "tokens": total, "differ_within_error": close}))
+    assert close < 0.1 * total
+
+
+@contextmanager
+def synchronising_calls_raise() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_no_call_on_the_step_path_synchronises(checkpoint: Path, depth: int) -> None:
+    with open_engine(checkpoint, BackendConfig(overlap_depth=depth)) as engine:
+        tokens(engine, requests(3))
+        with synchronising_calls_raise():
+            tokens(engine, requests(12))
+
+
+def test_the_compiled_model_is_compiled_twice(checkpoint: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    with open_engine(checkpoint, BackendConfig(), "bfloat16", "model") as engine:
+        tokens(engine, requests(12))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_cache_sized_by_the_free_memory_leaves_room_to_run(checkpoint: Path) -> None:
+    config = EngineConfig(
+        model=str(checkpoint), device="cuda", dtype="bfloat16", compile="off", max_num_seqs=16, max_model_len=512,
+        kv_memory_fraction=0.5,
+    )  # fmt: skip
+    with Engine(config) as engine:
+        free, total = torch.cuda.mem_get_info()
+        assert 0.2 * total < free < 0.7 * total
+        assert len(tokens(engine, requests(30))) == 30
+
+
+def test_the_manifest_describes_real_graphs(checkpoint: Path) -> None:
+    with open_engine(checkpoint, BackendConfig(), compile="off") as engine:
+        graphs = engine.manifest.graphs
+    assert [graph.key.bucket for graph in graphs] == [size for size in (8, 4, 2, 1) for _ in range(3)]
+    assert all(graph.verified and graph.kernels > 30 for graph in graphs)
+    assert len({graph.fingerprint for graph in graphs}) == len(graphs)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 4])
+def test_the_state_machine_runs_on_the_gpu(depth: int) -> None:
+    assert run_collatz(range(1, 60), device="cuda", depth=depth) == run_collatz(range(1, 60), device="cpu", depth=0)
