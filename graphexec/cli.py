@@ -6,7 +6,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,6 +80,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="0 for all.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 for all.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the random numbers, with a temperature.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Each PROMPT is a user turn of a chat.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Continue PROMPTs: the text goes to standard output as it comes, the figures to standard error."""
@@ -92,7 +93,7 @@ def generate(
     # No more slots than prompts: capturing a ladder of 256 to serve one prompt would only make it wait.
     engine_config = _engine_config(config, settings, backend, overlap_depth, default_slots=min(len(prompts), 256))
     with Engine(engine_config) as engine:
-        refused = _stream_all(engine, prompts, params)
+        refused = _stream_all(engine, prompts, params, _as_turn(engine) if chat else str)
     if refused:
         raise typer.Exit(2)
 
@@ -164,13 +165,19 @@ def env(model: Model = None, config: Config = None) -> None:
     console.print(table)
 
 
-def _stream_all(engine: Engine, prompts: list[str], params: SamplingParams) -> bool:
+def _as_turn(engine: Engine) -> Callable[[str], list[int]]:
+    return lambda prompt: engine.chat([{"role": "user", "content": prompt}])
+
+
+def _stream_all(
+    engine: Engine, prompts: list[str], params: SamplingParams, encode: Callable[[str], str | list[int]]
+) -> bool:
     """Prints the prompts' texts one below the other, each as it comes; returns whether some prompt was refused."""
     ids: list[str] = []
     refused = False
     for prompt in prompts:
         try:
-            ids.append(engine.add_request(prompt, params))
+            ids.append(engine.add_request(encode(prompt), params))
         except RequestError as refusal:
             refused = True
             _notes.print(f"error: prompt {prompt!r}: {refusal}", markup=False, soft_wrap=True)

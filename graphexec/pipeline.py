@@ -91,6 +91,7 @@ class Pipeline:
             self._last_delta = -1
             self._failure: BaseException | None = None
             self._stuck = self._closed = False
+            self.held: list[object] = [program]  # what steps in flight use lives as long as the pipeline (F7)
             program.bind(self.io)
             runtime.settle()
 
@@ -99,9 +100,11 @@ class Pipeline:
         if bound == 0:
             return GraphKey("idle", 0, 0, plan.variant)
         bucket = self.buckets.fit(bound) or self._program.max_slots
-        if plan.chunk_rows == 0:
-            return GraphKey("decode", bucket * self._program.rows_per_slot, bucket, plan.variant)
-        rows = plan.chunk_rows + max(bound - plan.chunk_slots, 0) * self._program.rows_per_slot
+        per_slot = self._program.rows_per_slot
+        # Chunks of one token (the end of a prompt, or all of it) are rows like any other.
+        if plan.chunk_rows == 0 or (per_slot == 1 and plan.chunk_rows == plan.chunk_slots):
+            return GraphKey("decode", bucket * per_slot, bucket, plan.variant)
+        rows = plan.chunk_rows + max(bound - plan.chunk_slots, 0) * per_slot
         return GraphKey("mixed", self._rows.fit(rows) or rows, bucket, plan.variant)
 
     def submit(self, plan: StepPlan, launcher: Launcher) -> PipelineHandle:
@@ -174,9 +177,9 @@ class Pipeline:
         self._closed = True
         with self.runtime.activated():
             self._failure = self._failure or GraphexecError("The pipeline is closed.")
-            drained = not self._stuck and self.compute.drain(self._timeout_s) and self._copy.drain(self._timeout_s)
-            if not drained:
-                self._stuck = True
+            patience = 0.0 if self._stuck else self._timeout_s  # who has waited once in vain does not wait again
+            self._stuck = not (self.compute.drain(patience) and self._copy.drain(patience))
+            if self._stuck:
                 keep_for_ever(self)
                 return
             self.records.close()
@@ -226,6 +229,7 @@ class Pipeline:
 
     def _raise_timeout(self, handle: PipelineHandle, limit: float) -> None:
         self._stuck = True
+        keep_for_ever(self)
         done, copied = self.records.fences(handle.step)
         passed = "copied (F2)" if copied else "done (F1)" if done else "none; the step itself is still running"
         raise StepTimeout(

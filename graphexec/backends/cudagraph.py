@@ -39,6 +39,7 @@ class CudaGraphBackend(ExecutionBackend):
         self._program = program
         self._pipeline = open_pipeline(self._config, self._runtime, program)
         self._graphs = GraphSet(self._runtime, self._pipeline.compute)
+        self._pipeline.held.append(self._graphs)
         self._launcher = _GraphLauncher(program, self._pipeline, self._graphs, self._config)
 
     def warmup(self, progress: Progress | None = None) -> Manifest:

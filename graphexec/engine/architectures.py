@@ -178,7 +178,7 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """`[T]` int32 token ids and positions to `[T, hidden]` hidden states."""
-        hidden = self.embed_tokens(input_ids)[None]
+        hidden = self.embed_tokens(input_ids[None])  # not a view: a compiled layer would tell it from a layer's output
         position_embeddings = self.rotary_emb(hidden, positions[None])
         for layer in self.layers:
             hidden = layer(hidden, position_embeddings=position_embeddings)

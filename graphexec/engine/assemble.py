@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from graphexec.runtime import Runtime, create_runtime
 from graphexec.slots import SlotLimits
 
 __all__ = ["Assembly", "assemble"]
+
+Compiler = str | Callable[..., object]
+"""A backend of torch.compile, by name or as a callable."""
 
 _log = logging.getLogger(__name__)
 
@@ -91,13 +95,13 @@ def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
     )
 
 
-def compile_decoder(decoder: Decoder, mode: CompileMode) -> None:
+def compile_decoder(decoder: Decoder, mode: CompileMode, compiler: Compiler = "inductor") -> None:
     """Compiles the decoder in place: two compilations, for one row and for several, since no number is read inside."""
     if mode == "model":
-        decoder.compile(dynamic=True, fullgraph=True)
+        decoder.compile(backend=compiler, dynamic=True, fullgraph=True)
     elif mode == "layer":
         for layer in decoder.layers:
-            layer.compile(dynamic=True, fullgraph=True)
+            layer.compile(backend=compiler, dynamic=True, fullgraph=True)
 
 
 def allocate_caches(decoder: Decoder, num_blocks: int, block_size: int) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
@@ -13,7 +13,11 @@ _REPLACEMENT = "\ufffd"
 class Tokenizer(Protocol):
     """What the engine needs of a tokenizer: a subset of transformers' interface."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
+
+    def apply_chat_template(
+        self, conversation: list[Mapping[str, str]], *, tokenize: Literal[False], add_generation_prompt: bool
+    ) -> str: ...
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str: ...
 

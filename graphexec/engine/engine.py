@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -132,6 +134,23 @@ class Engine:
         self._arrivals.append(request)
         return request.request_id
 
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The prompt, as token ids, that the model's chat template makes of a conversation.
+
+        Args:
+            messages: turns with the keys "role" and "content", the oldest first.
+
+        Raises:
+            RequestError: the model has no chat template, or it refuses the conversation.
+        """
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            raise RequestError("The model has no chat template.")
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as failure:  # a template is a program of the checkpoint's, and raises what it likes
+            raise RequestError(f"The model's chat template refuses the conversation: {failure}") from failure
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
     def abort(self, request_id: str) -> None:
         """Ends a request; its last output, with finish_reason "abort", comes from the next step. From any thread.
 
@@ -248,7 +267,10 @@ class Engine:
             if self.tokenizer is None:
                 raise RequestError("The model has no tokenizer: give the prompt as a list of token ids.")
             prompt = self.tokenizer.encode(prompt)
-        token_ids = tuple(prompt)
+        try:
+            token_ids = tuple(map(operator.index, prompt))
+        except TypeError as failure:
+            raise RequestError(f"A prompt is a text or a list of token ids: {failure}.") from failure
         self._check_prompt(token_ids)
         number = next(self._ids)
         eos = () if params.ignore_eos else self._eos_token_ids
@@ -394,6 +416,6 @@ class _LogprobRows:
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if len(prompts) > 0 and all(isinstance(entry, int) for entry in prompts):
+    if len(prompts) > 0 and all(isinstance(entry, Integral) for entry in prompts):
         return [prompts]  # type: ignore[list-item]  # a list of ints is one prompt
     return list(prompts)  # type: ignore[arg-type]  # and anything else is a list of prompts

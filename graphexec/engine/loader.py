@@ -76,7 +76,7 @@ def load_model(
             model = _random_model(config, device, dtype, seed)
         else:
             model = _read_model(folder, dtype).to(device)
-        model.eval()
+        model.eval().requires_grad_(False)
         swap_modules(model)
     return LoadedModel(model, _eos_token_ids(folder, config))
 
