@@ -272,4 +272,7 @@ def _machine() -> list[tuple[str, str]]:
 
 
 def _set_up_logging(verbose: bool) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # unannotated there; our own bar says what takes time
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
