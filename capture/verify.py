@@ -9,7 +9,7 @@ import torch
 from graphexec.errors import CaptureError
 from graphexec.plan import GraphKey
 
-__all__ = ["compare", "poison", "snapshot"]
+__all__ = ["check_written", "compare", "poison", "snapshot"]
 
 _POISON_INT = -0x5EED
 
@@ -23,6 +23,18 @@ def poison(tensors: Sequence[torch.Tensor]) -> None:
     """Overwrites outputs, so that one which the graph does not write cannot look right by chance."""
     for tensor in tensors:
         tensor.fill_(float("nan") if tensor.is_floating_point() else _POISON_INT)
+
+
+def check_written(key: GraphKey, outputs: Sequence[torch.Tensor]) -> None:
+    """Checks that the eager step has written its outputs: otherwise poison would be compared with poison.
+
+    Raises:
+        CaptureError: names the key and the output.
+    """
+    for index, output in enumerate(outputs):
+        poisoned = output.isnan() if output.is_floating_point() else output == _POISON_INT
+        if output.numel() and bool(poisoned.all()):
+            raise CaptureError(f"The {key} leaves output {index} of those it names as observed unwritten.")
 
 
 def compare(key: GraphKey, eager: Sequence[torch.Tensor], replayed: Sequence[torch.Tensor]) -> None:

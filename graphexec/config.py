@@ -119,6 +119,16 @@ class EngineConfig(_Config):
     compile: CompileMode | None = None
     backend: BackendConfig = BackendConfig()
 
+    @field_validator("backend", mode="before")
+    @classmethod
+    def _table(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        try:
+            return BackendConfig(**value)
+        except ConfigError as failure:
+            raise ConfigError(f"In [backend]: {failure}") from None
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.kv_block_size & (self.kv_block_size - 1):
@@ -170,8 +180,7 @@ def _explain_one(model: type[BaseModel], error: dict[str, Any]) -> str:
     path = [str(part) for part in error["loc"]]
     name = ".".join(path)
     if error["type"] == "extra_forbidden":
-        owner = BackendConfig if path[0] == "backend" else model
-        return f"Unknown setting {name!r}. {_nearest(path[-1], list(owner.model_fields))}"
+        return f"Unknown setting {name!r}. {_nearest(path[-1], list(model.model_fields))}"
     reason = str(error["msg"]).removeprefix("Value error, ").rstrip(".")
     return f"{name}={error['input']!r} is not possible: {reason}." if name else f"{reason}."
 

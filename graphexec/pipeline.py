@@ -50,11 +50,16 @@ class PipelineHandle(StepHandle):
         self.bound = bound
         self.last_delta = last_delta
         self._pipeline = pipeline
-        self._result: StepResult | None = None
+        self._result: StepResult | BucketOverflowError | DeviceError | None = None
 
     def result(self, timeout_s: float | None = None) -> StepResult:
         if self._result is None:
-            self._result = self._pipeline.collect(self, timeout_s)
+            try:
+                self._result = self._pipeline.collect(self, timeout_s)
+            except (BucketOverflowError, DeviceError) as failure:  # the ring slot has retired: there is no second read
+                self._result = failure
+        if isinstance(self._result, Exception):
+            raise self._result
         return self._result
 
 
@@ -177,7 +182,7 @@ class Pipeline:
         self._closed = True
         with self.runtime.activated():
             self._failure = self._failure or GraphexecError("The pipeline is closed.")
-            patience = 0.0 if self._stuck else self._timeout_s  # who has waited once in vain does not wait again
+            patience = 0.1 if self._stuck else self._timeout_s  # who has waited once in vain does not wait again
             self._stuck = not (self.compute.drain(patience) and self._copy.drain(patience))
             if self._stuck:
                 keep_for_ever(self)

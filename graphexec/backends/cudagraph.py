@@ -13,9 +13,9 @@ from graphexec.backends.base import BackendStats, ExecutionBackend, Progress
 from graphexec.backends.stepping import EagerLauncher, open_pipeline, preserved_state, run_once, warmup_keys
 from graphexec.capture.graph_set import GraphSet, frozen_garbage_collection
 from graphexec.capture.manifest import CapturedGraph, Manifest
-from graphexec.capture.verify import compare, poison, snapshot
+from graphexec.capture.verify import check_written, compare, poison, snapshot
 from graphexec.config import BackendConfig
-from graphexec.errors import CaptureError
+from graphexec.errors import CaptureError, GraphexecError
 from graphexec.pipeline import Pipeline, keep_for_ever
 from graphexec.plan import GraphKey, StepHandle, StepPlan, StepProgram
 from graphexec.rings import RING_SLOTS
@@ -55,10 +55,6 @@ class CudaGraphBackend(ExecutionBackend):
                     if not isinstance(failure.__cause__, torch.OutOfMemoryError):
                         raise
                     missing[key] = "out of memory"
-                except torch.OutOfMemoryError:  # in the eager step before the capture, or in the verification after it
-                    graphs.discard(key)
-                    missing[key] = "out of memory"
-                if key in missing:
                     _log.warning("No graph for the %s: out of memory. It will run eagerly.", key)
                 if progress is not None:
                     progress(index + 1, len(keys), key)
@@ -91,6 +87,17 @@ class CudaGraphBackend(ExecutionBackend):
         return self._pipeline, self._graphs
 
     def _capture(self, key: GraphKey, pipeline: Pipeline, graphs: GraphSet) -> CapturedGraph:
+        try:
+            return self._capture_and_verify(key, pipeline, graphs)
+        except BaseException as failure:
+            graphs.discard(key)  # a graph that was not verified serves nobody
+            if isinstance(failure, GraphexecError) or not isinstance(failure, Exception):
+                raise
+            raise CaptureError(
+                f"Warming up or verifying the {key} failed: {type(failure).__name__}: {failure}"
+            ) from failure
+
+    def _capture_and_verify(self, key: GraphKey, pipeline: Pipeline, graphs: GraphSet) -> CapturedGraph:
         started = time.perf_counter()
         run_once(self._program, pipeline, key)  # compiles kernels and allocates workspaces outside of the capture
         used_before = self._runtime.used()
@@ -137,6 +144,7 @@ class CudaGraphBackend(ExecutionBackend):
         compute.launch(graph)
         compute.run(lambda: replayed.extend(snapshot([*state, *observed])))
         pipeline.synchronize()
+        check_written(key, eager[len(state) :])
         compare(key, eager, replayed)
 
 
@@ -152,6 +160,8 @@ class _GraphLauncher(EagerLauncher):
 
     def capture_uploads(self) -> None:
         """One small graph for each staging slot: a copy and the apply kernel then cost a single launch."""
+        self.pipeline.compute.run(partial(self.apply, 0))  # an empty batch, which compiles what the capture needs
+        self.pipeline.synchronize()
         for slot in range(RING_SLOTS):
             self._uploads.append(self._graphs.capture_unkeyed(partial(self.apply, slot)))
 
@@ -166,7 +176,7 @@ class _GraphLauncher(EagerLauncher):
         if key.phase == "mixed":
             return self._eagerly(key, "prompt chunks")
         graph = self._graphs.get(key)
-        if graph is None and not self._graphs.sealed:
+        if graph is None and self._config.lazy_capture:
             graph = self._capture_now(key)
         if graph is None:
             if self._config.strict:
@@ -187,7 +197,18 @@ class _GraphLauncher(EagerLauncher):
         self.pipeline.controller.count_eager(reason)
         return super().step(key)
 
-    def _capture_now(self, key: GraphKey) -> Graph:
-        with preserved_state(self.program, self.pipeline):
-            run_once(self.program, self.pipeline, key)
-            return self._graphs.capture(key, lambda: self.program.step(key))
+    def _capture_now(self, key: GraphKey) -> Graph | None:
+        """Captures in the middle of serving: requests hold their KV blocks, so there is nothing to exercise it with.
+
+        The warm-up runs the coming step itself and takes its effect on the slots back; the KV that it writes, the real
+        step will write again.
+        """
+        work = partial(self.program.step, key)
+        try:
+            with preserved_state(self.program, self.pipeline), frozen_garbage_collection():
+                self.pipeline.compute.run(work)
+                self.pipeline.synchronize()
+                return self._graphs.capture(key, work)
+        except (CaptureError, torch.OutOfMemoryError) as failure:
+            _log.warning("No graph for the %s: %s", key, failure)
+            return None

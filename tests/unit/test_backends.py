@@ -1,0 +1,443 @@
+"""The two backends: what a warm-up leaves behind, which graph serves a step, and nothing that happens in silence."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from graphexec.backends import BackendStats, ExecutionBackend, create_backend
+from graphexec.config import BackendConfig
+from graphexec.errors import CaptureError, ConfigError, DeviceError, GraphexecError, StepTimeout
+from graphexec.plan import GraphKey, StepPlan, StepResult
+from graphexec.rings import RING_SLOTS
+from graphexec.slots import SlotDeltas
+from tests.support.instant_program import (
+    DECODE,
+    PATIENCE_S,
+    STOP_TOKEN,
+    Gate,
+    InlineRuntime,
+    InstantProgram,
+    WatchedRuntime,
+    admission_plan,
+    admit,
+    small_limits,
+    tokens_of,
+)
+
+
+@dataclass
+class Bench:
+    """A prepared backend with its program and runtime."""
+
+    backend: ExecutionBackend
+    program: InstantProgram
+    runtime: WatchedRuntime
+
+    def run(self, plan: StepPlan = DECODE) -> StepResult:
+        return self.backend.submit(plan).result(PATIENCE_S)
+
+    def admit(self, tokens: dict[int, int]) -> StepResult:
+        return self.run(admission_plan(self.program.limits, tokens))
+
+    @property
+    def stats(self) -> BackendStats:
+        return self.backend.stats()
+
+    @property
+    def eager_steps(self) -> dict[str, int]:
+        return self.stats.controller.eager_steps
+
+
+Make = Callable[..., Bench]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    benches: list[Bench] = []
+
+    def make(name: str = "cudagraph", runtime: WatchedRuntime | None = None, **settings: object) -> Bench:
+        runtime = runtime or WatchedRuntime()
+        program = InstantProgram(small_limits(), runtime)
+        backend = create_backend(BackendConfig(name=name, **settings), runtime)
+        backend.prepare(program)
+        benches.append(Bench(backend, program, runtime))
+        return benches[-1]
+
+    yield make
+    for bench in benches:
+        bench.program.open_gates()
+        bench.backend.close()
+
+
+def everything(program: InstantProgram) -> list[torch.Tensor]:
+    return [*program.state(), program.io.ring, program.io.counter]
+
+
+def fill(program: InstantProgram) -> list[torch.Tensor]:
+    """Gives slots, records and counter values of their own, and returns copies."""
+    for number, tensor in enumerate(everything(program)):
+        tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) % 3 + number)
+    return [tensor.clone() for tensor in everything(program)]
+
+
+# -- warm-up
+
+
+@pytest.mark.parametrize("name", ["cudagraph", "eager"])
+def test_a_warm_up_leaves_slots_counter_and_records_as_they_were(make: Make, name: str) -> None:
+    bench = make(name)
+    before = fill(bench.program)
+    bench.backend.warmup()
+    assert bench.program.ran, "the warm-up ran steps"
+    assert all(map(torch.equal, before, everything(bench.program)))
+
+
+def test_a_failed_warm_up_leaves_them_as_they_were_too(make: Make) -> None:
+    bench = make()
+    before = fill(bench.program)
+    bench.program.on_capture = refuse(2, RuntimeError("not permitted"))
+    with pytest.raises(CaptureError):
+        bench.backend.warmup()
+    assert all(map(torch.equal, before, everything(bench.program)))
+
+
+def test_steps_after_a_warm_up_start_at_number_zero(make: Make) -> None:
+    bench = make()
+    bench.backend.warmup()
+    result = bench.admit({0: 10})
+    assert (result.step, tokens_of(result)) == (0, {0: 11})
+    assert bench.stats.controller.steps == 1
+
+
+def test_every_size_and_variant_is_captured_the_largest_first(make: Make) -> None:
+    bench = make(capture_sizes=(1, 4, 2))
+    seen: list[tuple[int, int, GraphKey]] = []
+    manifest = bench.backend.warmup(lambda done, total, key: seen.append((done, total, key)))
+    keys = [GraphKey("decode", size, size, variant) for size in (4, 2, 1) for variant in ("plain", "doubled")]
+    assert bench.program.captured == keys
+    assert [graph.key for graph in manifest.graphs] == keys
+    assert all(graph.verified for graph in manifest.graphs)
+    assert seen == [(index + 1, 6, key) for index, key in enumerate(keys)]
+    assert manifest.missing == {}
+
+
+def test_garbage_collection_is_frozen_while_graphs_are_captured(make: Make) -> None:
+    bench = make()
+    frozen: list[bool] = []
+    bench.program.on_capture = lambda key: frozen.append(not gc.isenabled() and gc.get_freeze_count() > 0)
+    bench.backend.warmup()
+    assert frozen
+    assert all(frozen)
+    assert gc.isenabled()
+
+
+def test_a_failing_capture_names_the_bucket_and_what_was_captured_before_still_works(make: Make) -> None:
+    bench = make(capture_sizes=(2, 4))
+    cause = RuntimeError("not permitted")
+    bench.program.on_capture = refuse(2, cause)
+    with pytest.raises(CaptureError, match="bucket 2.*RuntimeError: not permitted") as raised:
+        bench.backend.warmup()
+    assert raised.value.__cause__ is cause
+    bench.admit({0: 10, 1: 20, 2: 30})
+    assert tokens_of(bench.run()) == {0: 12, 1: 22, 2: 32}
+    assert bench.stats.replays == 1
+
+
+def test_out_of_memory_keeps_what_fits_and_reports_what_is_missing(make: Make) -> None:
+    bench = make(capture_sizes=(2, 4))
+    bench.program.on_capture = refuse(4, torch.OutOfMemoryError("no memory"))
+    manifest = bench.backend.warmup()
+    assert [graph.key.bucket for graph in manifest.graphs] == [2, 2]
+    assert manifest.missing == {
+        f"decode step, bucket 4, 4 rows, {variant}": "out of memory" for variant in ("plain", "doubled")
+    }
+    bench.admit({0: 10, 1: 20})
+    assert tokens_of(bench.run()) == {0: 12, 1: 22}
+    bench.admit({2: 30})
+    assert tokens_of(bench.run()) == {0: 14, 1: 24, 2: 32}
+    assert bench.stats.replays == 1
+    assert bench.eager_steps == {"prompt chunks": 2, "no graph": 1}
+
+
+@pytest.mark.parametrize("fails_at", [1, 2], ids=["in the step before the capture", "in the verification"])
+def test_out_of_memory_beside_a_capture_leaves_that_graph_out_too(make: Make, fails_at: int) -> None:
+    bench = make(runtime=InlineRuntime(), capture_sizes=(2, 4))
+    runs: list[GraphKey] = []
+
+    def run_out(key: GraphKey) -> None:
+        runs.append(key)
+        if key.bucket == 4 and runs.count(key) == fails_at:
+            raise torch.OutOfMemoryError("no memory")
+
+    bench.program.on_step = run_out
+    manifest = bench.backend.warmup()
+    assert [graph.key.bucket for graph in manifest.graphs] == [2, 2]
+    assert set(manifest.missing.values()) == {"out of memory"}
+    assert len(manifest.missing) == 2
+    bench.program.on_step = lambda key: None
+    bench.admit({0: 10, 1: 20, 2: 30})
+    assert tokens_of(bench.run()) == {0: 12, 1: 22, 2: 32}
+    assert bench.eager_steps == {"prompt chunks": 1, "no graph": 1}
+
+
+def test_a_capture_size_above_the_slots_is_refused(make: Make) -> None:
+    with pytest.raises(ConfigError, match=r"capture_sizes has \[8\]"):
+        make(capture_sizes=(8,))
+    with pytest.raises(ConfigError, match="prefill_sizes"):
+        make(prefill_sizes=(65,))
+
+
+# -- verification
+
+
+def test_verification_catches_a_host_number_that_was_frozen_into_a_graph(make: Make) -> None:
+    """transformers 45323, vLLM 27114: the number was right while capturing, and wrong for ever after."""
+    bench = make()
+    bench.program.redraws_offset = True
+    bench.runtime.frozen = [bench.program.offset]
+    with pytest.raises(CaptureError, match="bucket 4.*computes something else.*host number"):
+        bench.backend.warmup()
+
+
+def test_without_verification_such_a_graph_goes_unnoticed(make: Make) -> None:
+    bench = make(verify=False)
+    bench.program.redraws_offset = True
+    bench.runtime.frozen = [bench.program.offset]
+    manifest = bench.backend.warmup()
+    assert not any(graph.verified for graph in manifest.graphs)
+
+
+def test_verification_catches_an_output_that_the_graph_leaves_unwritten(make: Make) -> None:
+    """Only poison shows it: the eager step has just left the right values there."""
+    bench = make()
+    bench.program.writes_output = lambda: not bench.runtime.replaying
+    with pytest.raises(CaptureError, match="computes something else"):
+        bench.backend.warmup()
+
+
+def test_a_failed_verification_leaves_the_process_usable(make: Make) -> None:
+    bench = make()
+    bench.program.writes_output = lambda: not bench.runtime.replaying
+    with pytest.raises(CaptureError):
+        bench.backend.warmup()
+    bench.program.writes_output = lambda: True
+    assert tokens_of(bench.admit({0: 10})) == {0: 11}
+
+
+# -- steps
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("name", ["cudagraph", "eager"])
+def test_backends_and_depths_give_the_same_tokens(make: Make, name: str, depth: int) -> None:
+    bench = make(name)
+    bench.backend.warmup()
+    bench.program.mischief.stops = {3: [1]}
+    limits = bench.program.limits
+    plans = [admission_plan(limits, {0: 10, 1: 20}), DECODE, DECODE, DECODE, admission_plan(limits, {3: 30}), DECODE]
+    in_flight, results = deque(), []
+    for plan in [*plans, *[DECODE] * 6]:
+        in_flight.append(bench.backend.submit(plan))
+        if len(in_flight) > depth:
+            results.append(in_flight.popleft().result())
+    results += [handle.result() for handle in in_flight]
+    assert [tokens_of(result) for result in results[:6]] == [
+        {0: 11, 1: 21},
+        {0: 12, 1: 22},
+        {0: 13, 1: 23},
+        {0: 14, 1: STOP_TOKEN},
+        {0: 15, 3: 31},
+        {0: 16, 3: 32},
+    ]
+    assert bench.stats.replays == (10 if name == "cudagraph" else 0)
+
+
+def test_an_unfinished_prompt_yields_no_token_until_its_last_chunk(make: Make) -> None:
+    bench = make()
+    bench.backend.warmup()
+    deltas = admit(SlotDeltas(bench.program.limits), 0, 10, prompt=3)
+    assert bench.run(StepPlan("plain", deltas, 1, 2)).num_tokens[0] == 0
+    rest = SlotDeltas(bench.program.limits)
+    rest.arm(0, 2, [60])
+    assert tokens_of(bench.run(StepPlan("plain", rest, 1, 1))) == {0: 61}
+    assert bench.eager_steps == {"prompt chunks": 1}, "a chunk of one token is a row like any other, and has a graph"
+
+
+def test_a_parked_slot_resumes_with_nothing_lost(make: Make) -> None:
+    bench = make()
+    bench.backend.warmup()
+    tokens = [tokens_of(bench.run(admission_plan(bench.program.limits, {0: 10}, blocks=1)))]
+    tokens += [tokens_of(bench.run()) for _ in range(8)]
+    assert tokens[6:] == [{0: 17}, {}, {}], "eight positions fill the block"
+    supply = SlotDeltas(bench.program.limits)
+    supply.supply(0, 1, [9])
+    assert tokens_of(bench.run(StepPlan("plain", supply))) == {0: 18}
+    assert tokens_of(bench.run()) == {0: 19}
+
+
+def test_after_the_warm_up_nothing_is_captured_any_more(make: Make) -> None:
+    bench = make(capture_sizes=(2,))
+    bench.backend.warmup()
+    captured = list(bench.program.captured)
+    bench.admit({0: 10, 1: 20, 2: 30})
+    for _ in range(3):
+        bench.run()
+    assert bench.program.captured == captured
+    assert bench.eager_steps == {"prompt chunks": 1, "no graph": 3}
+
+
+def test_every_eager_fallback_is_counted_with_its_reason(make: Make) -> None:
+    bench = make(capture_sizes=(1,))
+    bench.backend.warmup()
+    bench.run()
+    bench.admit({0: 10})
+    bench.run()
+    bench.admit({1: 20})
+    bench.run()
+    assert bench.eager_steps == {"idle": 1, "prompt chunks": 2, "no graph": 1}
+    assert bench.stats.replays == 1
+
+
+def test_the_eager_backend_says_so(make: Make) -> None:
+    bench = make("eager")
+    bench.backend.warmup()
+    bench.run()
+    bench.admit({0: 10})
+    bench.run()
+    assert bench.eager_steps == {"idle": 1, "eager backend": 2}
+    assert bench.stats.replays == 0
+
+
+def test_strict_refuses_a_step_without_a_graph_and_goes_on(make: Make) -> None:
+    bench = make(capture_sizes=(2,), strict=True)
+    bench.backend.warmup()
+    bench.run()  # idle steps and prompt chunks have no graph by design
+    bench.admit({0: 10, 1: 20})
+    bench.admit({2: 30})
+    with pytest.raises(CaptureError, match="bucket 4.*strict=true.*capture_sizes"):
+        bench.run()
+    release = SlotDeltas(bench.program.limits)
+    release.release(1)
+    with pytest.raises(CaptureError):  # the host cannot know yet that the release makes room
+        bench.run(StepPlan("plain", release))
+    assert "no graph" not in bench.eager_steps
+
+
+def test_lazy_capture_captures_a_missing_graph_once_and_disturbs_no_slot(make: Make) -> None:
+    bench = make(capture_sizes=(2,), lazy_capture=True)
+    bench.backend.warmup()
+    bench.admit({0: 10, 1: 20, 2: 30})
+    warm = len(bench.program.captured)
+    in_flight = [bench.backend.submit(DECODE) for _ in range(3)]
+    assert [tokens_of(handle.result()) for handle in in_flight] == [
+        {0: 11 + step, 1: 21 + step, 2: 31 + step} for step in (1, 2, 3)
+    ]
+    assert bench.program.captured[warm:] == [GraphKey("decode", 4, 4, "plain")]
+    assert bench.stats.replays == 3
+
+
+def test_padding_and_waiting_are_counted(make: Make) -> None:
+    bench = make(capture_sizes=(4,))
+    bench.backend.warmup()
+    bench.admit({0: 10})
+    bench.run()
+    controller = bench.stats.controller
+    assert (controller.steps, controller.real_slots, controller.predicted_slots) == (2, 2, 2)
+    assert controller.padding_slots == 6
+    assert bench.stats.wait_us > 0
+
+
+def test_deltas_are_uploaded_by_graphs_of_their_own_staging_slots(make: Make) -> None:
+    bench = make()
+    bench.backend.warmup()
+    for number in range(2 * RING_SLOTS):
+        assert tokens_of(bench.admit({number % 4: 10 * number}))[number % 4] == 10 * number + 1
+
+
+# -- closing
+
+
+def test_closing_frees_graphs_only_after_streams_and_only_once(make: Make) -> None:
+    bench = make()
+    manifest = bench.backend.warmup()
+    bench.admit({0: 10})
+    bench.backend.close()
+    graphs = len(manifest.graphs) + RING_SLOTS
+    assert bench.runtime.freed == ["event"] * (3 * RING_SLOTS) + ["stream"] * 2 + ["graph"] * graphs
+    bench.backend.close()
+    assert len(bench.runtime.freed) == 3 * RING_SLOTS + 2 + graphs
+    with pytest.raises(DeviceError, match="closed"):
+        bench.run()
+
+
+def test_f7_a_backend_that_does_not_drain_frees_no_graph(make: Make) -> None:
+    bench = make(step_timeout_s=0.3)
+    bench.backend.warmup()
+    gate = bench.program.hold(0)
+    bench.backend.submit(admission_plan(bench.program.limits, {0: 10}))
+    bench.backend.close()
+    assert bench.runtime.freed == []
+    gate.open()
+
+
+def test_f7_graphs_that_the_device_may_still_run_outlive_their_backend() -> None:
+    runtime = WatchedRuntime()
+    program = InstantProgram(small_limits(), runtime)
+    backend = create_backend(BackendConfig(step_timeout_s=0.3), runtime)
+    backend.prepare(program)
+    backend.warmup()
+    gate = Gate()
+    runtime.streams["compute"].run(gate)  # a worker that holds nothing of the backend, as a device does not
+    backend.close()
+    kept = weakref.ref(backend._graphs)
+    del backend, program
+    gc.collect()
+    assert kept() is not None
+    gate.open()
+
+
+def test_f7_after_a_timeout_graphs_outlive_an_owner_that_forgets_to_close_the_backend() -> None:
+    runtime = WatchedRuntime()
+    program = InstantProgram(small_limits(), runtime)
+    backend = create_backend(BackendConfig(), runtime)
+    backend.prepare(program)
+    backend.warmup()
+    gate = Gate()
+    runtime.streams["copy"].run(gate)
+    handle = backend.submit(admission_plan(program.limits, {0: 10}))
+    assert runtime.streams["compute"].drain(PATIENCE_S)
+    with pytest.raises(StepTimeout):
+        handle.result(timeout_s=0.05)
+    kept = weakref.ref(backend._graphs)
+    del backend, program, handle
+    gc.collect()
+    assert kept() is not None
+    gate.open()
+
+
+@pytest.mark.parametrize("name", ["cudagraph", "eager"])
+def test_a_backend_that_was_never_prepared_can_be_closed(name: str) -> None:
+    create_backend(BackendConfig(name=name), WatchedRuntime()).close()
+
+
+@pytest.mark.parametrize("name", ["cudagraph", "eager"])
+def test_a_step_that_fails_in_the_warm_up_is_an_error_with_its_cause(make: Make, name: str) -> None:
+    bench = make(name)
+    bench.program.mischief.failures = {0: ValueError("no such token")}
+    with pytest.raises(GraphexecError, match="no such token"):
+        bench.backend.warmup()
+
+
+def refuse(bucket: int, error: Exception) -> Callable[[GraphKey], None]:
+    def on_capture(key: GraphKey) -> None:
+        if key.bucket == bucket:
+            raise error
+
+    return on_capture
