@@ -222,6 +222,14 @@ def test_verification_catches_an_output_that_the_graph_leaves_unwritten(make: Ma
         bench.backend.warmup()
 
 
+def test_verification_catches_an_output_that_nobody_writes(make: Make) -> None:
+    """Eager and graph agree, since both leave the poison where it is."""
+    bench = make()
+    bench.program.writes_output = lambda: False
+    with pytest.raises(CaptureError, match="output 0 .* unwritten"):
+        bench.backend.warmup()
+
+
 def test_a_failed_verification_leaves_the_process_usable(make: Make) -> None:
     bench = make()
     bench.program.writes_output = lambda: not bench.runtime.replaying
