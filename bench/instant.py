@@ -67,8 +67,12 @@ class InstantBackend(ExecutionBackend):
         result = StepResult(step, real, real > 0, counts, self._finish, self._tokens, None)
         return _InstantHandle(result, self._controller)
 
+    @property
+    def wait_us(self) -> float:
+        return 0.0
+
     def stats(self) -> BackendStats:
-        return BackendStats(self._controller.stats(), self._step, 0.0)
+        return BackendStats(self._controller.stats(), self._step)
 
     def close(self) -> None:
         pass

@@ -38,7 +38,13 @@ class GraphSet:
         self._graphs: dict[GraphKey, Graph] = {}
         self._sealed = False
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been captured."""
+        return not self._graphs
+
     def get(self, key: GraphKey) -> Graph | None:
+        """The graph of a key, or None if there is none."""
         return self._graphs.get(key)
 
     def capture(self, key: GraphKey, work: Callable[[], None]) -> Graph:

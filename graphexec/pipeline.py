@@ -90,7 +90,7 @@ class Pipeline:
             self.wait_s = 0.0
             self.io = DeviceIO(self.records.device, torch.zeros(1, dtype=torch.int32, device=runtime.device))
             self._program = program
-            self.buckets, self._rows = buckets, rows
+            self.buckets, self.rows = buckets, rows
             self._timeout_s = timeout_s
             self._next_step = 0
             self._last_delta = -1
@@ -110,7 +110,7 @@ class Pipeline:
         if plan.chunk_rows == 0 or (per_slot == 1 and plan.chunk_rows == plan.chunk_slots):
             return GraphKey("decode", bucket * per_slot, bucket, plan.variant)
         rows = plan.chunk_rows + max(bound - plan.chunk_slots, 0) * per_slot
-        return GraphKey("mixed", self._rows.fit(rows) or rows, bucket, plan.variant)
+        return GraphKey("mixed", self.rows.fit(rows) or rows, bucket, plan.variant)
 
     def submit(self, plan: StepPlan, launcher: Launcher) -> PipelineHandle:
         """Enqueues one step and returns at once.
@@ -183,7 +183,7 @@ class Pipeline:
         with self.runtime.activated():
             self._failure = self._failure or GraphexecError("The pipeline is closed.")
             patience = 0.1 if self._stuck else self._timeout_s  # who has waited once in vain does not wait again
-            self._stuck = not (self.compute.drain(patience) and self._copy.drain(patience))
+            self._stuck = not self._drain(patience)
             if self._stuck:
                 keep_for_ever(self)
                 return
@@ -191,6 +191,12 @@ class Pipeline:
             self.staging.close()
             self.runtime.close_stream(self.compute)
             self.runtime.close_stream(self._copy)
+
+    def _drain(self, patience: float) -> bool:
+        try:
+            return self.compute.drain(patience) and self._copy.drain(patience)
+        except DeviceError:  # nobody knows what a failed device still does
+            return False
 
     @property
     def drained(self) -> bool:
@@ -219,7 +225,7 @@ class Pipeline:
             ) from self._failure
 
     def _check(self, words: Int32Array, handle: PipelineHandle) -> None:
-        step, _, _, overflow, _, last_delta = (int(word) for word in words[:6])
+        step, _, _, overflow, _, last_delta = words[:6].tolist()
         if (step - handle.step) & _STEP_MASK or (last_delta - handle.last_delta) & _STEP_MASK:
             self._failure = DeviceError(
                 f"The record of step {handle.step} carries step {step & _STEP_MASK} and delta {last_delta} "

@@ -216,6 +216,13 @@ class StepProgram(ABC):
     def exercise(self, key: GraphKey, generator: torch.Generator) -> None:
         """Fills the slots with random valid inputs for a step of this shape; `generator` is a CPU one."""
 
+    def spoil(self, key: GraphKey) -> None:  # noqa: B027  # a program without such memory has nothing to do
+        """Overwrites what the last step wrote beside its state, its record and `observed`, e.g. into a KV cache.
+
+        Called between an eager step and the replay that is compared with it: a graph that does not write there must
+        come to another result.
+        """
+
     def observed(self, key: GraphKey) -> Sequence[torch.Tensor]:
         """Device tensors, beside the state and the record, in which an eager step and its graph must agree."""
         return ()

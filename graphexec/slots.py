@@ -122,31 +122,34 @@ class SlotDeltas:
         self._deltas[slot] = _SlotDelta(flags=RELEASE)
 
     def pack(self, words: Int32Array, step: int) -> None:
-        """Writes the batch in the layout that `graphexec.kernels.apply` reads."""
-        limits, width = self._limits, self._limits.entry_words
-        payload = HEADER_WORDS + limits.max_slots * width
-        used = 0
-        words[0] = len(self._deltas)
+        """Writes the batch in the layout that `graphexec.kernels.apply` reads.
+
+        Raises:
+            ValueError: the batch carries more tokens and blocks than the layout holds.
+        """
+        limits, width, count = self._limits, self._limits.entry_words, len(self._deltas)
+        words[0] = count
         words[1] = np.uint32(step & 0xFFFFFFFF).astype(np.int32)
+        if count == 0:
+            return
+        entries = words[HEADER_WORDS : HEADER_WORDS + count * width].reshape(count, width)
+        heads, tails = [], []
+        payload: list[int] = []
         for index, (slot, delta) in enumerate(self._deltas.items()):
-            begin = HEADER_WORDS + index * width
-            block_offset, token_offset = used, used + len(delta.blocks)
-            used = token_offset + len(delta.tokens)
-            if used > limits.payload_words:  # numpy would drop a single word beyond the end in silence
-                raise ValueError(f"The deltas of step {step} carry more than {limits.payload_words} tokens and blocks.")
-            words[begin : begin + 3] = (slot, delta.flags, delta.query_len)
-            words[begin + 12 : begin + ENTRY_FIELDS] = (
-                delta.first_block,
-                len(delta.blocks),
-                block_offset,
-                delta.first_token,
-                len(delta.tokens),
-                token_offset,
-            )
-            words[payload + block_offset : payload + token_offset] = delta.blocks
-            words[payload + token_offset : payload + used] = delta.tokens
+            heads.append((slot, delta.flags, delta.query_len))
+            blocks, tokens = len(delta.blocks), len(delta.tokens)
+            used = len(payload)
+            tails.append((delta.first_block, blocks, used, delta.first_token, tokens, used + blocks))
+            payload += delta.blocks
+            payload += delta.tokens
             if delta.admission is not None:
-                _pack_admission(words[begin : begin + width], delta.admission)
+                _pack_admission(entries[index], delta.admission)
+        if len(payload) > limits.payload_words:
+            raise ValueError(f"The deltas of step {step} carry more than {limits.payload_words} tokens and blocks.")
+        entries[:, : len(heads[0])] = heads
+        entries[:, ENTRY_FIELDS - len(tails[0]) : ENTRY_FIELDS] = tails
+        begin = HEADER_WORDS + limits.max_slots * width
+        words[begin : begin + len(payload)] = payload
 
     def _of(self, slot: int) -> _SlotDelta:
         return self._deltas.setdefault(slot, _SlotDelta())
@@ -172,38 +175,49 @@ class SlotState:
         self.slots = SlotTensors.allocate(
             limits.max_slots, limits.max_stop_ids, limits.max_blocks, limits.max_tokens + 1, device
         )
-        self.step = StepTensors.allocate(limits.max_slots, limits.max_rows, device)
+        # One row more than a step may have: a compiled model would make a step that fills the buffer a case of its own.
+        self.step = StepTensors.allocate(limits.max_slots, limits.max_rows + 1, device)
 
     def apply(self, staging: torch.Tensor) -> None:
         """Applies a packed batch of deltas, `[staging_words]` int32 on the device."""
         apply_deltas(staging, self.slots, self.limits.block_size)
 
-    def exercise(self, slots: int, num_blocks: int, vocab_size: int, generator: torch.Generator) -> None:
-        """Fills the first `slots` slots with random decoding sequences over KV blocks 1 to `num_blocks - 1`.
+    def exercise(self, slots: int, rows: int, num_blocks: int, vocab_size: int, generator: torch.Generator) -> None:
+        """Fills the first `slots` slots with random sequences that compute `rows` rows between them.
 
-        No two of them write to the same place of the KV cache. Stop ids are left out, so that no slot ends by chance.
+        Rows beyond one for each slot go into prompt chunks of the first slots. The sequences lie in KV blocks 1 to
+        `num_blocks - 1`, and no two of them write to the same place. Stop ids are left out: no slot ends by chance.
         """
-        limits, usable = self.limits, num_blocks - 1
+        limits, usable, state = self.limits, num_blocks - 1, self.slots
         blocks_each = min(max(usable // slots, 1), limits.max_blocks)
         order = torch.randperm(usable, generator=generator, dtype=torch.int32) + 1
-        index = torch.arange(slots * blocks_each) % usable
-        tables = order[index].view(slots, blocks_each)
-        longest = min(blocks_each * limits.block_size, limits.max_tokens) - 2
-        lengths = torch.randint(0, max(longest, 1), (slots,), generator=generator, dtype=torch.int32)
-        if usable < slots:  # slots that share a block write at different offsets of it
-            lengths = (torch.arange(slots, dtype=torch.int32) // usable).clamp(max=limits.block_size - 1)
+        tables = order[torch.arange(slots * blocks_each) % usable].view(slots, blocks_each)
+        longest = max(min(blocks_each * limits.block_size, limits.max_tokens) - 2, 1)
+        seq_lens = torch.randint(0, longest, (slots,), generator=generator, dtype=torch.int32)
+        held = torch.full((slots,), blocks_each, dtype=torch.int32)
+        if usable < slots:  # slots that share a block write at different offsets of it, and those left over nowhere
+            seq_lens = torch.arange(slots, dtype=torch.int32) // usable
+            held[seq_lens >= limits.block_size] = 0
+        query_lens = torch.ones(slots, dtype=torch.int32)
+        surplus = rows - slots
+        for slot in range(slots):
+            chunk = min(surplus, limits.max_tokens - 2)
+            if chunk <= 0:
+                break
+            query_lens[slot], seq_lens[slot] = 1 + chunk, 0
+            surplus -= chunk
         ids = torch.randint(0, vocab_size, (slots, limits.max_tokens + 1), generator=generator, dtype=torch.int32)
-        state = self.slots
         for tensor in state.all():
             tensor.zero_()
+        device = state.query_lens.device
         state.stop_ids.fill_(-1)
-        state.query_lens[:slots] = 1
-        state.seq_lens[:slots] = lengths.to(state.seq_lens.device)
-        state.num_tokens[:slots] = state.seq_lens[:slots] + 1
+        state.query_lens[:slots] = query_lens.to(device)
+        state.seq_lens[:slots] = seq_lens.to(device)
+        state.num_tokens[:slots] = (seq_lens + query_lens).to(device)
         state.max_len.fill_(limits.max_tokens)
-        state.num_blocks[:slots] = blocks_each
-        state.block_tables[:slots, :blocks_each] = tables.to(state.block_tables.device)
-        state.token_ids[:slots] = ids.to(state.token_ids.device)
+        state.num_blocks[:slots] = held.to(device)
+        state.block_tables[:slots, :blocks_each] = tables.to(device)
+        state.token_ids[:slots] = ids.to(device)
         state.temperature.fill_(1.0)
         state.top_p.fill_(0.9)
         state.top_k.fill_(50)

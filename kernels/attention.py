@@ -18,7 +18,7 @@ from graphexec.kernels.paged_prefill import paged_prefill
 from graphexec.kernels.rope_write import rope_write
 from graphexec.kernels.state import SlotTensors, StepTensors
 
-__all__ = ["AttentionRows", "attention_rows", "paged_attention"]
+__all__ = ["AttentionRows", "attention_rows", "paged_attention", "paged_attention_op"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +79,6 @@ def paged_attention(
     Returns:
         `[T, H * D]`; rows of padding hold anything.
     """
-    out: torch.Tensor = torch.ops.graphexec.paged_attention(
-        qkv, cos, sin, q_norm, k_norm, norm_eps, k_cache, v_cache, num_heads, scale
-    )
-    return out
-
-
-def _attend(
-    qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    norm_eps: float,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    num_heads: int,
-    scale: float,
-) -> torch.Tensor:
     rows = _rows.get()
     step, slots = rows.step, rows.slots
     kv_slots = step.kv_slots[: rows.rows]
@@ -131,5 +113,8 @@ _LIBRARY.define(
     "paged_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, float norm_eps, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, int num_heads, float scale) -> Tensor"
 )
-_LIBRARY.impl("paged_attention", _attend, "CompositeExplicitAutograd")
+_LIBRARY.impl("paged_attention", paged_attention, "CompositeExplicitAutograd")
 torch.library.register_fake("graphexec::paged_attention", _attend_shape, lib=_LIBRARY)
+
+paged_attention_op = torch.ops.graphexec.paged_attention.default
+"""`paged_attention` as an operator that torch.compile does not look into."""

@@ -23,12 +23,10 @@ class BackendStats:
     Attributes:
         controller: bounds, real sizes, padding, and eager steps by reason.
         replays: steps that ran as a graph.
-        wait_us: host time spent waiting for records, microseconds.
     """
 
     controller: ControllerStats
     replays: int
-    wait_us: float
 
 
 class ExecutionBackend(ABC):
@@ -60,6 +58,11 @@ class ExecutionBackend(ABC):
             PipelineFull: too many steps were not collected.
             DeviceError: the device has failed.
         """
+
+    @property
+    @abstractmethod
+    def wait_us(self) -> float:
+        """Host time spent waiting for records since the start, microseconds."""
 
     @abstractmethod
     def stats(self) -> BackendStats:

@@ -10,7 +10,14 @@ from functools import partial
 import torch
 
 from graphexec.backends.base import BackendStats, ExecutionBackend, Progress
-from graphexec.backends.stepping import EagerLauncher, open_pipeline, preserved_state, run_once, warmup_keys
+from graphexec.backends.stepping import (
+    EagerLauncher,
+    open_pipeline,
+    preserved_state,
+    run_once,
+    warmup_chunk_keys,
+    warmup_keys,
+)
 from graphexec.capture.graph_set import GraphSet, frozen_garbage_collection
 from graphexec.capture.manifest import CapturedGraph, Manifest
 from graphexec.capture.verify import check_written, compare, poison, snapshot
@@ -48,6 +55,8 @@ class CudaGraphBackend(ExecutionBackend):
         captured: list[CapturedGraph] = []
         missing: dict[GraphKey, str] = {}
         with self._runtime.activated(), preserved_state(self._program, pipeline), frozen_garbage_collection():
+            for key in warmup_chunk_keys(self._program, pipeline):
+                run_once(self._program, pipeline, key)
             for index, key in enumerate(keys):
                 try:
                     captured.append(self._capture(key, pipeline, graphs))
@@ -59,6 +68,8 @@ class CudaGraphBackend(ExecutionBackend):
                 if progress is not None:
                     progress(index + 1, len(keys), key)
             self._launcher.capture_uploads()
+        if missing and self._config.strict:
+            raise CaptureError(f"strict=true, and there is no memory for the {next(iter(missing))}.")
         if not self._config.lazy_capture:
             graphs.seal()
         return Manifest.of(self._runtime.device, captured, missing)
@@ -67,9 +78,13 @@ class CudaGraphBackend(ExecutionBackend):
         pipeline, _ = self._prepared()
         return pipeline.submit(plan, self._launcher)
 
+    @property
+    def wait_us(self) -> float:
+        return 0.0 if self._pipeline is None else self._pipeline.wait_s * 1e6
+
     def stats(self) -> BackendStats:
         pipeline, _ = self._prepared()
-        return BackendStats(pipeline.controller.stats(), self._launcher.replays, pipeline.wait_s * 1e6)
+        return BackendStats(pipeline.controller.stats(), self._launcher.replays)
 
     def close(self) -> None:
         if self._pipeline is None or self._graphs is None:
@@ -100,6 +115,8 @@ class CudaGraphBackend(ExecutionBackend):
     def _capture_and_verify(self, key: GraphKey, pipeline: Pipeline, graphs: GraphSet) -> CapturedGraph:
         started = time.perf_counter()
         run_once(self._program, pipeline, key)  # compiles kernels and allocates workspaces outside of the capture
+        if graphs.empty:
+            self._runtime.trim()  # the first capture makes the pool grow, and cannot use what torch merely caches
         used_before = self._runtime.used()
         warm = time.perf_counter()
         graph = graphs.capture(key, lambda: self._program.step(key))
@@ -139,6 +156,7 @@ class CudaGraphBackend(ExecutionBackend):
             for tensor, value in zip(state, inputs, strict=True):
                 tensor.copy_(value)
             poison(observed)
+            program.spoil(key)
 
         compute.run(run_eagerly)
         compute.launch(graph)
@@ -155,6 +173,7 @@ class _GraphLauncher(EagerLauncher):
         super().__init__(program, pipeline)
         self._graphs = graphs
         self._uploads: list[Graph] = []
+        self._refused: set[GraphKey] = set()
         self._config = config
         self.replays = 0
 
@@ -162,8 +181,12 @@ class _GraphLauncher(EagerLauncher):
         """One small graph for each staging slot: a copy and the apply kernel then cost a single launch."""
         self.pipeline.compute.run(partial(self.apply, 0))  # an empty batch, which compiles what the capture needs
         self.pipeline.synchronize()
-        for slot in range(RING_SLOTS):
-            self._uploads.append(self._graphs.capture_unkeyed(partial(self.apply, slot)))
+        try:
+            for slot in range(RING_SLOTS):
+                self._uploads.append(self._graphs.capture_unkeyed(partial(self.apply, slot)))
+        except torch.OutOfMemoryError:
+            _log.warning("No graphs for uploads: out of memory. Deltas will be applied eagerly.")
+            self.close()
 
     def upload(self, staging_slot: int) -> Callable[[], None]:
         if not self._uploads:
@@ -176,7 +199,7 @@ class _GraphLauncher(EagerLauncher):
         if key.phase == "mixed":
             return self._eagerly(key, "prompt chunks")
         graph = self._graphs.get(key)
-        if graph is None and self._config.lazy_capture:
+        if graph is None and self._config.lazy_capture and key not in self._refused:
             graph = self._capture_now(key)
         if graph is None:
             if self._config.strict:
@@ -211,4 +234,5 @@ class _GraphLauncher(EagerLauncher):
                 return self._graphs.capture(key, work)
         except (CaptureError, torch.OutOfMemoryError) as failure:
             _log.warning("No graph for the %s: %s", key, failure)
+            self._refused.add(key)  # or every step of this shape would drain the pipeline and try again
             return None

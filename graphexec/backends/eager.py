@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from graphexec.backends.base import BackendStats, ExecutionBackend, Progress
-from graphexec.backends.stepping import EagerLauncher, open_pipeline, preserved_state, run_once, warmup_keys
+from graphexec.backends.stepping import (
+    EagerLauncher,
+    open_pipeline,
+    preserved_state,
+    run_once,
+    warmup_chunk_keys,
+    warmup_keys,
+)
 from graphexec.capture.manifest import Manifest
 from graphexec.config import BackendConfig
 from graphexec.pipeline import Pipeline
@@ -30,19 +37,25 @@ class EagerBackend(ExecutionBackend):
 
     def warmup(self, progress: Progress | None = None) -> Manifest:
         assert self._pipeline is not None, "prepare() comes first"
-        keys = warmup_keys(self._program, self._pipeline)
-        with self._runtime.activated(), preserved_state(self._program, self._pipeline):
-            for key in (keys[0], keys[-1]):  # the largest and the smallest compile all that there is to compile
-                run_once(self._program, self._pipeline, key)
+        program, pipeline = self._program, self._pipeline
+        keys, variants = warmup_keys(program, pipeline), len(program.variants)
+        with self._runtime.activated(), preserved_state(program, pipeline):
+            # Every variant of the largest and of the smallest size; what lies between compiles when it is first met.
+            for key in (*warmup_chunk_keys(program, pipeline), *keys[:variants], *keys[-variants:]):
+                run_once(program, pipeline, key)
         return Manifest.of(self._runtime.device, [], {})
 
     def submit(self, plan: StepPlan) -> StepHandle:
         assert self._pipeline is not None, "prepare() comes first"
         return self._pipeline.submit(plan, self._launcher)
 
+    @property
+    def wait_us(self) -> float:
+        return 0.0 if self._pipeline is None else self._pipeline.wait_s * 1e6
+
     def stats(self) -> BackendStats:
         assert self._pipeline is not None, "prepare() comes first"
-        return BackendStats(self._pipeline.controller.stats(), 0, self._pipeline.wait_s * 1e6)
+        return BackendStats(self._pipeline.controller.stats(), 0)
 
     def close(self) -> None:
         if self._pipeline is not None:

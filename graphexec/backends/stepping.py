@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,17 @@ from graphexec.pipeline import Pipeline
 from graphexec.plan import GraphKey, StepProgram
 from graphexec.runtime import Runtime
 
-__all__ = ["EagerLauncher", "bucket_sizes", "open_pipeline", "preserved_state", "run_once", "warmup_keys"]
+__all__ = [
+    "EagerLauncher",
+    "bucket_sizes",
+    "open_pipeline",
+    "preserved_state",
+    "run_once",
+    "warmup_chunk_keys",
+    "warmup_keys",
+]
+
+_log = logging.getLogger(__name__)
 
 _WARMUP_SEED = 20
 
@@ -21,7 +32,10 @@ _WARMUP_SEED = 20
 def bucket_sizes(config: BackendConfig, max_slots: int) -> BucketTable:
     """The configured capture sizes, or the default ladder."""
     sizes = default_ladder(max_slots) if config.capture_sizes is None else config.capture_sizes
-    return BucketTable.of(sizes, max_slots)
+    table = BucketTable.of(sizes, max_slots)
+    if table.sizes[-1] < max_slots:
+        _log.warning("capture_sizes ends at %d: larger batches, up to %d, run eagerly.", table.sizes[-1], max_slots)
+    return table
 
 
 def open_pipeline(config: BackendConfig, runtime: Runtime, program: StepProgram) -> Pipeline:
@@ -62,6 +76,15 @@ def warmup_keys(program: StepProgram, pipeline: Pipeline) -> list[GraphKey]:
         for size in reversed(pipeline.buckets.sizes)
         for variant in program.variants
     ]
+
+
+def warmup_chunk_keys(program: StepProgram, pipeline: Pipeline) -> list[GraphKey]:
+    """Keys of steps with prompt chunks, from the largest to the smallest, that between them compile what such need."""
+    if program.max_rows <= program.max_slots * program.rows_per_slot:
+        return []  # the program takes no chunks
+    sizes = pipeline.rows.sizes
+    chosen = sorted({sizes[-1], sizes[len(sizes) // 2], sizes[0]}, reverse=True)
+    return [GraphKey("mixed", size, min(pipeline.buckets.sizes[-1], size), program.variants[0]) for size in chosen]
 
 
 def run_once(program: StepProgram, pipeline: Pipeline, key: GraphKey) -> None:

@@ -9,12 +9,15 @@ import torch
 from torch import nn
 
 from graphexec.errors import ConfigError
-from graphexec.kernels.attention import paged_attention
+from graphexec.kernels.attention import paged_attention_op
 
-__all__ = ["SUPPORTED", "Decoder", "PagedAttention", "check_supported", "swap_modules"]
+__all__ = ["EXERCISED_BLOCKS", "SUPPORTED", "Decoder", "PagedAttention", "check_supported", "swap_modules"]
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Architectures whose layers are attention with rotary embedding followed by a gated MLP."""
+
+EXERCISED_BLOCKS = 512
+"""KV blocks, the reserved one included, that warm-up and verification use."""
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _HEAD_SIZES = (64, 128)
@@ -101,21 +104,27 @@ class PagedAttention(nn.Module):
         self.norm_eps = float(config.rms_norm_eps)
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> None:
-        """Gives this layer a zeroed cache; steps that were captured with another one must not be replayed."""
+        """Gives this layer a cache; steps that were captured with another one must not be replayed.
+
+        Its first blocks hold random numbers, since warm-up and verification attend to them; the others hold zeros.
+        """
         weight = self.qkv_proj.weight
         shape = (num_blocks, self.num_kv_heads, block_size, self.head_dim)
         self.k_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.v_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        generator = torch.Generator(weight.device).manual_seed(0)
+        for cache in (self.k_cache, self.v_cache):
+            cache[:EXERCISED_BLOCKS].normal_(generator=generator)
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: object
     ) -> tuple[torch.Tensor, None]:
-        """`[1, T, hidden]` to the same; the rows' slots and positions come from the running step."""
+        """`[1, T, hidden]` to the same, with cosines and sines `[T, D]`; the rows' slots come from the running step."""
         cos, sin = position_embeddings
-        attended = paged_attention(
+        attended = paged_attention_op(
             self.qkv_proj(hidden_states)[0],
-            cos[0],
-            sin[0],
+            cos,
+            sin,
             self.q_norm,
             self.k_norm,
             self.norm_eps,
@@ -162,13 +171,36 @@ def swap_modules(model: Any) -> None:
     model.model.norm = RMSNorm(model.model.norm.weight, config.rms_norm_eps)
 
 
-class Decoder(nn.Module):
-    """The trunk of a transformers decoder, without what only its own caches and masks need."""
+class RotaryTable(nn.Module):
+    """Cosines and sines of every position, computed once by the model's own module: a step looks them up.
 
-    def __init__(self, model: Any) -> None:
+    Attributes:
+        cos, sin: `[max_tokens, D]` in the model's dtype.
+    """
+
+    def __init__(self, rotary: Any, max_tokens: int, weight: torch.Tensor) -> None:
+        super().__init__()
+        positions = torch.arange(max_tokens, device=weight.device)
+        with torch.no_grad():
+            cos, sin = rotary(weight, positions[None])
+        self.cos = nn.Buffer(cos[0].contiguous(), persistent=False)
+        self.sin = nn.Buffer(sin[0].contiguous(), persistent=False)
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[T]` positions to two `[T, D]`."""
+        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+
+
+class Decoder(nn.Module):
+    """The trunk of a transformers decoder for sequences of at most `max_tokens` tokens.
+
+    Leaves out what only transformers' own caches and masks need.
+    """
+
+    def __init__(self, model: Any, max_tokens: int) -> None:
         super().__init__()
         self.embed_tokens = model.model.embed_tokens
-        self.rotary_emb = model.model.rotary_emb
+        self.rotary = RotaryTable(model.model.rotary_emb, max_tokens, self.embed_tokens.weight)
         self.layers = model.model.layers
         self.norm = model.model.norm
 
@@ -179,7 +211,7 @@ class Decoder(nn.Module):
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """`[T]` int32 token ids and positions to `[T, hidden]` hidden states."""
         hidden = self.embed_tokens(input_ids[None])  # not a view: a compiled layer would tell it from a layer's output
-        position_embeddings = self.rotary_emb(hidden, positions[None])
+        position_embeddings = self.rotary(positions)
         for layer in self.layers:
             hidden = layer(hidden, position_embeddings=position_embeddings)
         normed: torch.Tensor = self.norm(hidden)[0]

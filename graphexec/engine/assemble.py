@@ -62,7 +62,7 @@ def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
     tokenizer = load_tokenizer(folder)
     load_format = "random" if config.model == "tiny-random" else config.load_format
     loaded = load_model(folder, model_config, load_format, resolved.device, resolved.dtype, config.seed)
-    decoder = Decoder(loaded.model)
+    decoder = Decoder(loaded.model, resolved.max_model_len)
     compile_decoder(decoder, resolved.compile)
     limits = SlotLimits(
         max_slots=config.max_num_seqs,
@@ -73,15 +73,16 @@ def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
         max_stop_ids=config.max_stop_token_ids,
     )
     program = DecoderProgram(decoder, loaded.model.lm_head, limits)
-    num_blocks = _size_cache(config, resolved, runtime, program, decoder, model_config)
-    allocate_caches(decoder, num_blocks, config.kv_block_size)
-    backend = create_backend(config.backend, runtime)
     try:
-        backend.prepare(program)
-        manifest = backend.warmup(progress)
-    except BaseException:
-        backend.close()
-        raise
+        num_blocks = _size_cache(config, resolved, runtime, program, decoder, model_config)
+        allocate_caches(decoder, num_blocks, config.kv_block_size)
+        backend = create_backend(config.backend, runtime)
+        manifest = _warm_up(backend, program, progress)
+    except torch.OutOfMemoryError as failure:
+        raise ConfigError(
+            "The model, its KV cache and its largest step do not fit into device memory. Lower num_kv_blocks, "
+            "max_num_batched_tokens or max_num_seqs, or use a smaller dtype."
+        ) from failure
     return Assembly(
         resolved=resolved,
         backend=backend,
@@ -123,11 +124,14 @@ def _size_cache(
     if resolved.num_kv_blocks is not None:
         return resolved.num_kv_blocks + 1
     block_bytes = kv_block_bytes(model_config, config.kv_block_size, resolved.dtype)
+    allocate_caches(decoder, minimal_num_blocks(limits), config.kv_block_size)
+    return measure_num_blocks(program, limits, config.backend, runtime, block_bytes, config.kv_memory_fraction)
+
+
+def _warm_up(backend: ExecutionBackend, program: DecoderProgram, progress: Progress | None) -> Manifest:
     try:
-        allocate_caches(decoder, minimal_num_blocks(limits), config.kv_block_size)
-        return measure_num_blocks(program, limits, config.backend, runtime, block_bytes, config.kv_memory_fraction)
-    except torch.OutOfMemoryError as failure:
-        raise ConfigError(
-            "The model and its largest step do not fit into device memory. "
-            "Lower max_num_batched_tokens or max_num_seqs, or use a smaller dtype."
-        ) from failure
+        backend.prepare(program)
+        return backend.warmup(progress)
+    except BaseException:
+        backend.close()
+        raise

@@ -13,7 +13,6 @@ class BlockAllocator:
 
     def __init__(self, num_blocks: int) -> None:
         self._free = list(range(num_blocks - 1, 0, -1))
-        self.total = num_blocks - 1
 
     @property
     def free(self) -> int:
@@ -31,4 +30,5 @@ class BlockAllocator:
         return taken
 
     def give_back(self, blocks: list[int]) -> None:
+        """Frees blocks; they are the next to be handed out."""
         self._free.extend(reversed(blocks))

@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from graphexec.backends import create_backend
+from graphexec.backends import bucket_sizes, create_backend
 from graphexec.config import BackendConfig
 from graphexec.engine.program import DecoderProgram
 from graphexec.errors import ConfigError
@@ -35,34 +35,39 @@ def measure_num_blocks(
 ) -> int:
     """How many KV blocks fit beside everything else; the model has a cache of `minimal_num_blocks` meanwhile.
 
-    Runs the largest mixed step and captures the largest bucket once for each sampler variant. The first capture makes
-    the shared pool grow, a later one shows what each further graph costs.
+    Runs the largest mixed step, and captures the two largest buckets: the first captures make the shared pool grow,
+    the last ones show what each further graph costs.
 
     Raises:
         ConfigError: not even one sequence of full length fits.
     """
+    sizes = bucket_sizes(backend, limits.max_slots).sizes
+    trial = backend.model_copy(update={"capture_sizes": sizes[-2:], "verify": False, "strict": True})
+    probe = create_backend(trial, runtime)
     with runtime.activated():
-        probe = create_backend(
-            backend.model_copy(update={"capture_sizes": (limits.max_slots,), "verify": False}), runtime
-        )
-        torch.cuda.reset_peak_memory_stats(runtime.device)
-        probe.prepare(program)
-        manifest = probe.warmup()
-        probe.submit(_largest_step(limits)).result()
-        resident = torch.cuda.memory_allocated(runtime.device)
-        activations = torch.cuda.max_memory_allocated(runtime.device) - resident
-        probe.close()
-        torch.cuda.empty_cache()
+        try:
+            probe.prepare(program)
+            torch.cuda.reset_peak_memory_stats(runtime.device)
+            resident = torch.cuda.memory_allocated(runtime.device)
+            probe.submit(_largest_step(limits)).result()
+            activations = torch.cuda.max_memory_allocated(runtime.device) - resident
+            costs = [graph.pool_bytes for graph in probe.warmup().graphs]
+        finally:
+            probe.close()
+        runtime.trim()
         free, _ = runtime.memory()
-    costs = [graph.pool_bytes for graph in manifest.graphs]
-    sizes = len(backend.capture_sizes or ()) or 64
-    graphs = costs[0] + max(costs[1:]) * sizes * len(program.variants) if len(costs) > 1 else 0
+    variants = len(program.variants)
+    graphs = sum(costs) + max(costs[variants:], default=0) * variants * max(len(sizes) - 2, 0)
     free += minimal_num_blocks(limits) * block_bytes  # the probe's cache goes
     blocks = int((free - activations - graphs) * fraction) // block_bytes
     _log.info(
         "num_kv_blocks = %d: %.1f GiB free, less %.2f for activations and %.2f for graphs, times %.2f",
-        blocks - 1, free / 2**30, activations / 2**30, graphs / 2**30, fraction,
-    )  # fmt: skip
+        blocks - 1,
+        free / 2**30,
+        activations / 2**30,
+        graphs / 2**30,
+        fraction,
+    )
     if blocks - 1 < limits.max_blocks:
         raise ConfigError(
             f"The KV cache would have {max(blocks - 1, 0)} blocks, less than the {limits.max_blocks} of one sequence. "
@@ -74,7 +79,7 @@ def measure_num_blocks(
 def _largest_step(limits: SlotLimits) -> StepPlan:
     """A step that fills every row it may have with prompt chunks."""
     deltas = SlotDeltas(limits)
-    rows_left, next_block, chunks = limits.max_rows - limits.max_slots, 1, 0
+    rows_left, next_block, chunks = limits.max_rows, 1, 0
     for slot in range(limits.max_slots):
         chunk = min(rows_left, limits.max_tokens - 1)
         if chunk == 0:
@@ -97,4 +102,4 @@ def _largest_step(limits: SlotLimits) -> StepPlan:
         deltas.arm(slot, 0, [0] * chunk)
         deltas.supply(slot, 0, range(next_block, next_block + blocks))
         rows_left, next_block, chunks = rows_left - chunk, next_block + blocks, chunks + 1
-    return StepPlan(SamplerVariant.LOGPROBS.value, deltas, chunks, limits.max_rows - limits.max_slots - rows_left)
+    return StepPlan(SamplerVariant.LOGPROBS.value, deltas, chunks, limits.max_rows - rows_left)

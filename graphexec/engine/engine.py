@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
+import gc
 import threading
 import time
 from collections import deque
@@ -15,21 +14,20 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from graphexec.backends import BackendStats, Progress
+from graphexec.backends import Progress
 from graphexec.capture.manifest import Manifest
 from graphexec.config import EngineConfig
 from graphexec.engine.assemble import Assembly, assemble
 from graphexec.engine.blocks import BlockAllocator
-from graphexec.engine.detokenizer import Detokenizer
+from graphexec.engine.intake import Intake, Prompt
+from graphexec.engine.logprobs import LogprobRows
 from graphexec.engine.params import SamplingParams
-from graphexec.engine.request import Request, RequestOutput, TokenLogprobs
+from graphexec.engine.request import Request, RequestOutput
 from graphexec.engine.scheduler import ScheduledStep, Scheduler
-from graphexec.errors import DeviceError, GraphexecError, RequestError
-from graphexec.plan import FinishCode, FloatArray, Int32Array, StepHandle, StepResult
+from graphexec.errors import DeviceError, GraphexecError, RequestError, StepTimeout
+from graphexec.plan import FinishCode, StepHandle
 
 __all__ = ["Engine", "EngineStats"]
-
-Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -88,19 +86,16 @@ class Engine:
         self.tokenizer = parts.tokenizer
         self._backend = parts.backend
         self._program = parts.program
-        self._eos_token_ids = parts.eos_token_ids
-        self._limits = parts.limits
-        self._vocab_size = parts.vocab_size
         self._depth = config.backend.overlap_depth
         self._scheduler = Scheduler(
             parts.limits, BlockAllocator(parts.num_blocks), self.resolved.max_num_batched_tokens, self._depth + 1
         )
-        self._ids = itertools.count()
+        self._intake = Intake(
+            parts.tokenizer, parts.limits, self.num_kv_blocks, parts.vocab_size, parts.eos_token_ids, config.seed
+        )
         self._live: dict[str, Request] = {}
-        self._arrivals: deque[Request] = deque()
-        self._aborts: deque[str] = deque()
         self._in_flight: deque[_InFlight] = deque()
-        self._undelivered: list[RequestOutput] = []
+        self._undelivered: dict[str, RequestOutput] = {}
         self._stepping = threading.Lock()
         self._submitted = 0
         self._collected = -1
@@ -108,6 +103,7 @@ class Engine:
         self._host_s = 0.0
         self._failure: GraphexecError | None = None
         self._closed = False
+        self._froze = _freeze_heap()
 
     def __enter__(self) -> Self:
         return self
@@ -129,9 +125,7 @@ class Engine:
         """
         if self._closed:
             raise RequestError("The engine is closed.")
-        request = self._make_request(prompt, params or SamplingParams())
-        self._live[request.request_id] = request
-        self._arrivals.append(request)
+        request = self._intake.submit(prompt, params or SamplingParams(), self._live)
         return request.request_id
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -143,20 +137,14 @@ class Engine:
         Raises:
             RequestError: the model has no chat template, or it refuses the conversation.
         """
-        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
-            raise RequestError("The model has no chat template.")
-        try:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception as failure:  # a template is a program of the checkpoint's, and raises what it likes
-            raise RequestError(f"The model's chat template refuses the conversation: {failure}") from failure
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self._intake.chat(messages)
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its last output, with finish_reason "abort", comes from the next step. From any thread.
 
         An id that is unknown or has finished is ignored, since a request may end while the caller decides.
         """
-        self._aborts.append(request_id)
+        self._intake.abort(request_id)
 
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do: true until the last step is collected and its outputs are returned."""
@@ -166,29 +154,44 @@ class Engine:
         """Submits one step and collects the one `overlap_depth` before it. May return nothing while the first runs.
 
         Raises:
-            DeviceError, StepTimeout, BucketOverflowError: the engine cannot go on; the message lists its requests.
+            StepTimeout: the device has not answered in time. No output is lost, and the call can be repeated.
+            GraphexecError: any other failure ends the engine; the message lists the requests that it held.
         """
-        with self._stepping:
-            started, waited = time.perf_counter(), self._waited_us()
-            try:
-                return self._step()
-            except GraphexecError as failure:
-                raise self._fail(failure) from failure
-            finally:
-                self._host_s += time.perf_counter() - started - (self._waited_us() - waited) / 1e6
+        outputs = self._advance()
+        if self._undelivered:
+            held, self._undelivered = self._undelivered, {}
+            outputs = [*held.values(), *outputs]
+        return outputs
 
-    def _step(self) -> list[RequestOutput]:
-        self._raise_if_failed()
-        outputs, self._undelivered = self._undelivered, []
+    def _advance(self) -> list[RequestOutput]:
+        with self._stepping:
+            self._raise_if_failed()
+            started, waited = time.perf_counter(), self._backend.wait_us
+            outputs: list[RequestOutput] = []
+            try:
+                self._step(outputs)
+            except StepTimeout:
+                self._hold(outputs)
+                raise
+            except Exception as failure:  # host and device no longer agree on what has been submitted
+                self._hold(outputs)
+                self._failure = self._explain(failure)
+                raise self._failure from failure
+            finally:
+                self._host_s += time.perf_counter() - started - (self._backend.wait_us - waited) / 1e6
+            return outputs
+
+    def _step(self, outputs: list[RequestOutput]) -> None:
+        self._collect_down_to(self._depth, outputs)  # nothing to do, unless the last call ended in a StepTimeout
         self._take_requests(outputs)
         self._drain_if_needed(outputs)
         scheduled = self._scheduler.schedule(self._submitted, self._collected)
         if scheduled is not None:
-            self._submit(scheduled)
-        ahead = self._depth if scheduled is not None else 0  # nothing to run: flush the last steps at once
-        while len(self._in_flight) > ahead:
-            self._collect(outputs)
-        return outputs
+            self._in_flight.append(_InFlight(self._backend.submit(scheduled.plan), scheduled))
+            self._submitted += 1
+            self._after_mixed = scheduled.is_mixed
+        # Nothing to run: flush the last steps at once.
+        self._collect_down_to(self._depth if scheduled is not None else 0, outputs)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -199,7 +202,8 @@ class Engine:
             prompts: one prompt or several; each is text or a list of token ids.
             params: one for all, or one for each.
 
-        A prompt that is refused gets an output with finish_reason "error"; the others run.
+        A prompt that is refused gets an output with finish_reason "error"; the others run. Outputs of other requests
+        that run meanwhile are kept for the next `step`.
         """
         batch = _as_batch(prompts)
         if isinstance(params, SamplingParams) or params is None:
@@ -209,40 +213,42 @@ class Engine:
         results: dict[str, RequestOutput] = {}
         ids = [self._add_or_refuse(prompt, each, results) for prompt, each in zip(batch, params, strict=True)]
         wanted = set(ids)
-        others: list[RequestOutput] = []
         while len(results) < len(wanted):
-            for output in self.step():
+            outputs = self._advance()
+            for output in outputs:
                 if output.request_id not in wanted:
-                    others.append(output)
+                    self._hold([output])
                 elif output.finished:
                     results[output.request_id] = output
-        self._undelivered = others + self._undelivered
         return [results[request_id] for request_id in ids]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Yields the outputs of one request as they come; closing the iterator early aborts it.
 
         Outputs of other requests that run meanwhile are kept for the next `step`.
+
+        Raises:
+            RequestError: see `add_request`; at the call, not at the first output.
         """
-        request_id = self.add_request(prompt, params)
+        return self._stream(self.add_request(prompt, params))
+
+    def _stream(self, request_id: str) -> Iterator[RequestOutput]:
         finished = False
         try:
             while not finished:
-                mine: list[RequestOutput] = []
-                others: list[RequestOutput] = []
-                for output in self.step():
-                    (mine if output.request_id == request_id else others).append(output)
-                self._undelivered = others + self._undelivered
-                for output in mine:
-                    finished = output.finished
-                    yield output
+                outputs = self._advance()
+                self._hold([output for output in outputs if output.request_id != request_id])
+                for output in outputs:
+                    if output.request_id == request_id:
+                        finished = output.finished
+                        yield output
         finally:
             if not finished:
                 self.abort(request_id)
 
     def stats(self) -> EngineStats:
         """Counts since the start; never touches the device."""
-        backend: BackendStats = self._backend.stats()
+        backend = self._backend.stats()
         controller = backend.controller
         return EngineStats(
             steps=self._submitted,
@@ -253,7 +259,7 @@ class Engine:
             real_slots=controller.real_slots,
             preemptions=self._scheduler.preemptions,
             host_us=self._host_s * 1e6,
-            wait_us=backend.wait_us,
+            wait_us=self._backend.wait_us,
         )
 
     def close(self) -> None:
@@ -261,89 +267,39 @@ class Engine:
         if not self._closed:
             self._closed = True
             self._backend.close()
-
-    def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("The model has no tokenizer: give the prompt as a list of token ids.")
-            prompt = self.tokenizer.encode(prompt)
-        try:
-            token_ids = tuple(map(operator.index, prompt))
-        except TypeError as failure:
-            raise RequestError(f"A prompt is a text or a list of token ids: {failure}.") from failure
-        self._check_prompt(token_ids)
-        number = next(self._ids)
-        eos = () if params.ignore_eos else self._eos_token_ids
-        stop_ids = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
-        if len(stop_ids) > self._limits.max_stop_ids:
-            raise RequestError(
-                f"The request has {len(stop_ids)} stop tokens, the model's own included; the engine holds "
-                f"{self._limits.max_stop_ids}. Raise max_stop_token_ids."
-            )
-        max_len = min(len(token_ids) + params.max_tokens, self._limits.max_tokens)
-        blocks = -(-(max_len - 1) // self._limits.block_size)
-        if blocks > self.num_kv_blocks:
-            raise RequestError(
-                f"The request may need {blocks} KV blocks, and the cache has {self.num_kv_blocks}. "
-                "Lower max_tokens, or raise num_kv_blocks."
-            )
-        return Request(
-            request_id=str(number),
-            prompt_token_ids=token_ids,
-            params=params,
-            stop_ids=stop_ids,
-            # Knuth's multiplier spreads consecutive requests over the seeds; any odd number would do.
-            seed=params.seed if params.seed is not None else (self.config.seed + 1 + number) * 2654435761 % 2**63,
-            max_len=max_len,
-            detokenizer=Detokenizer(self.tokenizer) if self.tokenizer is not None else None,
-        )
-
-    def _check_prompt(self, token_ids: tuple[int, ...]) -> None:
-        if not token_ids:
-            raise RequestError("The prompt is empty: it must have at least one token.")
-        if len(token_ids) >= self._limits.max_tokens:
-            raise RequestError(
-                f"The prompt has {len(token_ids)} tokens; with max_model_len={self._limits.max_tokens} "
-                "it may have one less than that."
-            )
-        wrong = next((token for token in token_ids if not 0 <= token < self._vocab_size), None)
-        if wrong is not None:
-            raise RequestError(f"Token id {wrong} is outside the vocabulary of {self._vocab_size} entries.")
+            if self._froze:
+                gc.unfreeze()
 
     def _add_or_refuse(self, prompt: Prompt, params: SamplingParams, results: dict[str, RequestOutput]) -> str:
         try:
             return self.add_request(prompt, params)
         except RequestError as refusal:
-            request = Request(f"refused-{next(self._ids)}", (), params, (), 0, 0, None)
-            request.finish("error", str(refusal))
-            results[request.request_id] = RequestOutput(request, 0, 0, finished=True)
+            request = self._intake.refuse(params, refusal)
+            results[request.request_id] = RequestOutput(request, 0, 0, True)
             return request.request_id
 
     def _take_requests(self, outputs: list[RequestOutput]) -> None:
-        while self._arrivals:
-            self._scheduler.add(self._arrivals.popleft())
-        while self._aborts:
-            request = self._live.get(self._aborts.popleft())
-            if request is not None:
-                self._scheduler.abort(request)
-                request.finish("abort")
-                del self._live[request.request_id]
-                end = len(request.output_token_ids)
-                outputs.append(RequestOutput(request, end, end, finished=True))
+        arrivals, aborts = self._intake.take()
+        for request in arrivals:
+            self._scheduler.add(request)
+        for request_id in aborts:
+            aborted = self._live.pop(request_id, None)
+            if aborted is not None:
+                self._scheduler.abort(aborted)
+                aborted.finish("abort")
+                end = len(aborted.output_token_ids)
+                outputs.append(RequestOutput(aborted, end, end, True))
 
     def _drain_if_needed(self, outputs: list[RequestOutput]) -> None:
         """Collects everything in flight where the next step must not overlap, or needs a preemption."""
         serial = not self.config.backend.overlap_prefill and (self._after_mixed or self._scheduler.wants_chunks)
-        starved = self._scheduler.short_of_blocks()
-        if serial or starved:
-            while self._in_flight:
-                self._collect(outputs)
+        if serial or self._scheduler.short_of_blocks():
+            self._collect_down_to(0, outputs)
             self._scheduler.preempt_for_blocks()
 
-    def _submit(self, scheduled: ScheduledStep) -> None:
-        self._in_flight.append(_InFlight(self._backend.submit(scheduled.plan), scheduled))
-        self._submitted += 1
-        self._after_mixed = scheduled.is_mixed
+    def _collect_down_to(self, ahead: int, outputs: list[RequestOutput]) -> None:
+        while len(self._in_flight) > ahead:
+            self._collect(outputs)
 
     def _collect(self, outputs: list[RequestOutput]) -> None:
         """Takes the oldest step in flight. Its tokens belong to the owners that its slots had when it was submitted."""
@@ -353,7 +309,7 @@ class Engine:
         self._collected = handle.step
         self._scheduler.missed(scheduled, result)
         ends = {slot: int(result.finish[slot]) for slot in np.flatnonzero(result.finish).tolist()}
-        logprobs = None if result.extra is None else _LogprobRows(self._program.unpack_extra(result.extra), result)
+        logprobs = None if result.extra is None else LogprobRows(self._program.unpack_extra(result.extra), result)
         ran = np.flatnonzero(result.num_tokens >= 0)
         counts, tokens = result.num_tokens[ran].tolist(), result.tokens[ran].tolist()
         for slot, count, new in zip(ran.tolist(), counts, tokens, strict=True):
@@ -369,6 +325,7 @@ class Engine:
             if slot in ends:
                 self._end(request, ends[slot])
             if count or request.finish_reason is not None:
+                # Arguments by position: with names, making these objects takes half as long again.
                 outputs.append(RequestOutput(request, begin, begin + count, request.finish_reason is not None))
 
     def _end(self, request: Request, code: int) -> None:
@@ -382,8 +339,11 @@ class Engine:
             return
         del self._live[request.request_id]
 
-    def _waited_us(self) -> float:
-        return self._backend.stats().wait_us
+    def _hold(self, outputs: list[RequestOutput]) -> None:
+        """Keeps outputs for the next `step`: one for each request, however many steps pass until then."""
+        for output in outputs:
+            held = self._undelivered.get(output.request_id)
+            self._undelivered[output.request_id] = output if held is None else held.joined(output)
 
     def _raise_if_failed(self) -> None:
         if self._failure is not None:
@@ -391,26 +351,22 @@ class Engine:
         if self._closed:
             raise GraphexecError("The engine is closed.")
 
-    def _fail(self, failure: GraphexecError) -> GraphexecError:
-        if isinstance(failure, DeviceError) and self._failure is None:
-            ids = ", ".join(request.request_id for request in self._scheduler.unfinished) or "none"
-            failure = DeviceError(f"{failure} Requests that were running or waiting: {ids}.")
-            self._failure = failure
-        return failure
+    def _explain(self, failure: Exception) -> GraphexecError:
+        kind = type(failure) if isinstance(failure, GraphexecError) else DeviceError
+        text = str(failure) if isinstance(failure, GraphexecError) else f"{type(failure).__name__}: {failure}."
+        return kind(f"{text} Requests that were running or waiting: {', '.join(self._live) or 'none'}.")
 
 
-class _LogprobRows:
-    """Log-probabilities of one step, by slot. The device packs them by the index of the active slot."""
+def _freeze_heap() -> bool:
+    """Takes what loading has left on the heap out of garbage collection, which would walk it in the middle of a step.
 
-    def __init__(self, arrays: tuple[FloatArray, Int32Array, Int32Array], result: StepResult) -> None:
-        self._logprobs, self._ids, self._ranks = arrays
-        self._index = np.cumsum(result.num_tokens >= 0) - 1
-
-    def of(self, slot: int, top: int) -> TokenLogprobs:
-        row = int(self._index[slot])
-        values, ids = self._logprobs[row, : 1 + top].tolist(), self._ids[row, : 1 + top].tolist()
-        pairs = tuple(zip(ids[1:], values[1:], strict=True))
-        return TokenLogprobs(ids[0], values[0], int(self._ranks[row]), pairs)
+    A full collection over transformers' modules takes a quarter of a second. Returns whether it froze anything.
+    """
+    if gc.get_freeze_count():
+        return False
+    gc.collect()
+    gc.freeze()
+    return True
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

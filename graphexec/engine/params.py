@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 from graphexec.errors import RequestError
 
@@ -42,18 +45,35 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        for name in ("max_tokens", "min_tokens", "top_k", "seed", "logprobs"):
+            self._convert(name, operator.index, "a whole number")
+        for name in ("temperature", "top_p"):
+            self._convert(name, float, "a number")
+        self._convert("stop_token_ids", _token_ids, "a list of token ids")
+        _require(1 <= self.max_tokens < 2**31, "max_tokens", self.max_tokens, "at least 1")
         _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "between 0 and max_tokens")
         good = math.isfinite(self.temperature) and self.temperature >= 0
         _require(good, "temperature", self.temperature, "a finite number, 0 or more")
-        _require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
+        _require(0 <= self.top_k < 2**31, "top_k", self.top_k, "0 (all tokens) or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")
         valid_stops = all(0 <= token < 2**31 for token in self.stop_token_ids)
         _require(valid_stops, "stop_token_ids", self.stop_token_ids, "a list of token ids")
         valid_logprobs = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
         _require(valid_logprobs, "logprobs", self.logprobs, f"None or between 0 and {MAX_LOGPROBS}")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+    def _convert(self, name: str, convert: Callable[..., object], meaning: str) -> None:
+        value = getattr(self, name)
+        if value is None and name in ("seed", "logprobs"):
+            return
+        try:
+            object.__setattr__(self, name, convert(value))
+        except (TypeError, ValueError):
+            _require(False, name, value, meaning)
+
+
+def _token_ids(values: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    return tuple(map(operator.index, values))
 
 
 def _require(holds: bool, name: str, value: object, meaning: str) -> None:

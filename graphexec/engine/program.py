@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from graphexec.engine.architectures import Decoder
+from graphexec.engine.architectures import EXERCISED_BLOCKS, Decoder
 from graphexec.engine.params import MAX_LOGPROBS
 from graphexec.kernels.attention import AttentionRows, attention_rows
 from graphexec.kernels.paged_decode import choose_splits
@@ -69,7 +69,7 @@ class DecoderProgram(StepProgram):
         splits = choose_splits(key.rows, num_kv_heads, self._num_sms) if key.phase == "decode" else 0
         with attention_rows(AttentionRows(self.state_of_slots.slots, step, key.rows, key.bucket, splits)):
             hidden = self._decoder(step.input_ids[: key.rows], step.positions[: key.rows])
-        if key.rows != key.bucket:
+        if key.phase == "mixed":  # even if rows and slots happen to be padded to the same number
             hidden = hidden.index_select(0, step.logit_rows[: key.bucket])
         logits: torch.Tensor = self._lm_head(hidden)
         return logits
@@ -104,8 +104,16 @@ class DecoderProgram(StepProgram):
         return self.state_of_slots.slots.all()
 
     def exercise(self, key: GraphKey, generator: torch.Generator) -> None:
-        num_blocks = self._decoder.attentions[0].k_cache.shape[0]
-        self.state_of_slots.exercise(key.bucket, num_blocks, self._vocab_size, generator)
+        num_blocks = min(self._decoder.attentions[0].k_cache.shape[0], EXERCISED_BLOCKS)
+        self.state_of_slots.exercise(key.bucket, key.rows, num_blocks, self._vocab_size, generator)
+
+    def spoil(self, key: GraphKey) -> None:
+        places = self.state_of_slots.step.kv_slots[: key.rows]
+        places = places[places >= 0]
+        size = self.limits.block_size
+        for attention in self._decoder.attentions:
+            attention.k_cache[places // size, :, places % size] = torch.nan
+            attention.v_cache[places // size, :, places % size] = torch.nan
 
     def observed(self, key: GraphKey) -> Sequence[torch.Tensor]:
         return [self._out.tokens[: key.bucket], self._out.nan[: key.bucket]]

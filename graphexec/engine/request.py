@@ -6,29 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from graphexec.engine.detokenizer import Detokenizer
+from graphexec.engine.logprobs import TokenLogprobs
 from graphexec.engine.params import SamplingParams
 from graphexec.kernels.sample import SamplerVariant
 
-__all__ = ["FinishReason", "Request", "RequestOutput", "TokenLogprobs"]
+__all__ = ["FinishReason", "Request", "RequestOutput"]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Log-probabilities of one output token, of the model's own distribution (before temperature and filters).
-
-    Attributes:
-        token_id: the chosen token.
-        logprob: its log-probability.
-        rank: 1 + the number of tokens that are more likely.
-        top: `(token id, log-probability)` of the most likely tokens, the best first; as many as were asked for.
-    """
-
-    token_id: int
-    logprob: float
-    rank: int
-    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(eq=False, slots=True)
@@ -89,6 +73,10 @@ class RequestOutput:
     def __repr__(self) -> str:
         state = self.finish_reason or "running"
         return f"RequestOutput({self.request_id!r}, {state}, new_token_ids={self.new_token_ids})"
+
+    def joined(self, later: RequestOutput) -> RequestOutput:
+        """One output in the place of this one and the `later` one of the same request."""
+        return RequestOutput(self._request, self._begin, later._end, later.finished)
 
     @property
     def request_id(self) -> str:

@@ -61,20 +61,12 @@ class Scheduler:
         self.preemptions = 0
 
     @property
-    def has_work(self) -> bool:
-        """Whether some request waits or runs, as far as the host knows."""
-        return bool(self._waiting or self._running)
-
-    @property
     def wants_chunks(self) -> bool:
         """Whether the next step may hold prompt chunks."""
         return bool(self._prefilling or self._waiting)
 
-    @property
-    def unfinished(self) -> list[Request]:
-        return [*self._running, *self._waiting]
-
     def add(self, request: Request) -> None:
+        """Puts a new request at the end of the queue."""
         self._waiting.append(request)
 
     def abort(self, request: Request) -> None:
@@ -153,7 +145,9 @@ class Scheduler:
         if len(short) == 0:
             return
         size = self._limits.block_size
-        for slot in short[np.argsort((self._capacity - self._scheduled)[short])].tolist():  # the neediest first
+        if len(short) > self._allocator.free:
+            short = short[np.argsort((self._capacity - self._scheduled)[short])]  # the neediest first
+        for slot in short.tolist():
             request = self._owners[slot]
             assert request is not None
             count = -(-(int(wanted[slot]) - int(self._capacity[slot])) // size)
@@ -196,7 +190,7 @@ class Scheduler:
             seq_len=0,
             num_tokens=request.num_tokens,
             max_len=request.max_len,
-            min_len=len(request.prompt_token_ids) + params.min_tokens,
+            min_len=min(len(request.prompt_token_ids) + params.min_tokens, request.max_len),
             temperature=params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,

@@ -100,10 +100,12 @@ class Runtime(ABC):
         """Enters this device and `no_grad` for the calling thread: both are thread-local, so nobody may assume them."""
 
     @abstractmethod
-    def stream(self, name: str) -> Stream: ...
+    def stream(self, name: str) -> Stream:
+        """A new stream; `name` is for error messages."""
 
     @abstractmethod
-    def event(self) -> Event: ...
+    def event(self) -> Event:
+        """A new event, which has passed until it is recorded."""
 
     @abstractmethod
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -130,6 +132,10 @@ class Runtime(ABC):
     @abstractmethod
     def used(self) -> int:
         """Bytes of device memory in use as the driver counts them: by anyone, graphs included."""
+
+    @abstractmethod
+    def trim(self) -> None:
+        """Gives memory back that the allocator caches: a capture cannot use it, nor free it to make room."""
 
     @abstractmethod
     def settle(self) -> None:

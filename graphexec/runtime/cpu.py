@@ -81,6 +81,7 @@ class CpuStream(Stream):
         self._work: queue.SimpleQueue[tuple[Callable[[], None], bool] | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._runtime = runtime
+        self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._serve, name=f"graphexec-{name}", daemon=True)
         self._thread.start()
 
@@ -122,6 +123,7 @@ class CpuStream(Stream):
         self._thread.join(timeout=10)
 
     def _serve(self) -> None:
+        torch.set_num_threads(self._threads)  # the setting is a thread's own, and a worker would begin with the default
         with self._runtime.activated():
             while (item := self._work.get()) is not None:
                 work, is_fence = item
@@ -165,6 +167,9 @@ class CpuRuntime(Runtime):
 
     def used(self) -> int:
         return 0
+
+    def trim(self) -> None:
+        pass
 
     def settle(self) -> None:
         pass

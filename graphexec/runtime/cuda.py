@@ -6,6 +6,7 @@ keeps the tensors alive until the streams have drained.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,8 +19,8 @@ from graphexec.runtime.base import Event, Graph, GraphInfo, Pool, Runtime, Strea
 
 __all__ = ["CudaEvent", "CudaGraph", "CudaRuntime", "CudaStream"]
 
-_POLLS_BEFORE_SLEEP = 200
-_SLEEP_S = 20e-6
+_YIELD_S = 5e-3
+_SLEEP_S = 50e-6
 
 
 class CudaEvent(Event):
@@ -109,7 +110,8 @@ class CudaRuntime(Runtime):
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
     def pool(self) -> Pool:
-        return torch.cuda.MemPool()
+        with torch.cuda.device(self._index):  # a pool belongs to the device that is current when it is made
+            return torch.cuda.MemPool()
 
     def capture(self, work: Callable[[], None], stream: Stream, pool: Pool) -> CudaGraph:
         # torch.cuda.graph would register torch's random generators with the graph, and a capture that fails leaves
@@ -118,9 +120,9 @@ class CudaRuntime(Runtime):
         assert isinstance(pool, torch.cuda.MemPool)
         sync_mode = torch.cuda.get_sync_debug_mode()
         with torch.cuda.stream(stream.torch_stream), torch.cuda.use_mem_pool(pool, self.device):
-            torch.cuda.set_sync_debug_mode("error")
             cudart.begin_capture(stream.handle)
             try:
+                torch.cuda.set_sync_debug_mode("error")
                 work()
             except BaseException:
                 _abandon(stream)
@@ -128,9 +130,11 @@ class CudaRuntime(Runtime):
             finally:
                 torch.cuda.set_sync_debug_mode(sync_mode)
             graph = cudart.end_capture(stream.handle)
-        executable = cudart.instantiate(graph)
-        cudart.upload_graph(executable, stream.handle)
-        return CudaGraph(graph, executable)
+        try:
+            return CudaGraph(graph, cudart.instantiate(graph, stream.handle))
+        except BaseException:
+            cudart.destroy_graph(graph)
+            raise
 
     def memory(self) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(self.device)
@@ -140,6 +144,9 @@ class CudaRuntime(Runtime):
     def used(self) -> int:
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
+
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
 
     def settle(self) -> None:
         torch.cuda.synchronize(self.device)
@@ -154,12 +161,17 @@ def _abandon(stream: CudaStream) -> None:
 
 
 def _poll(ready: Callable[[], bool], timeout_s: float) -> bool:
-    """Polls without holding the GIL between polls: first it only yields, later it sleeps."""
-    deadline = time.perf_counter() + timeout_s
-    polls = 0
+    """Polls without holding the GIL between polls: at first it only yields, later it sleeps.
+
+    `time.sleep(0)` is no yield: Linux's timer slack makes it 70 microseconds, where `sched_yield` takes half of one.
+    """
+    started = time.perf_counter()
     while not ready():
-        if time.perf_counter() > deadline:
+        waited = time.perf_counter() - started
+        if waited > timeout_s:
             return False
-        time.sleep(0 if polls < _POLLS_BEFORE_SLEEP else _SLEEP_S)
-        polls += 1
+        if waited < _YIELD_S:
+            os.sched_yield()
+        else:
+            time.sleep(_SLEEP_S)
     return True

@@ -27,10 +27,8 @@ __all__ = [
     "query_event",
     "query_stream",
     "record_event",
-    "set_device",
     "stream_handle",
     "stream_wait_event",
-    "upload_graph",
 ]
 
 Handle = Any  # a cuda.bindings handle object; the bindings are untyped
@@ -52,12 +50,6 @@ def _fail(call: str, code: Handle) -> None:
 
 def _decode(text: object) -> str:
     return text.decode() if isinstance(text, bytes) else str(text)
-
-
-def set_device(index: int) -> None:
-    (code,) = runtime.cudaSetDevice(index)
-    if code != _SUCCESS:
-        _fail("cudaSetDevice", code)
 
 
 def stream_handle(address: int) -> Handle:
@@ -127,24 +119,20 @@ def end_capture(stream: Handle) -> Handle:
     """Ends the capture and returns the graph. A failed capture ends as well: the stream is usable afterwards."""
     code, graph = runtime.cudaStreamEndCapture(stream)
     if code != _SUCCESS:
-        runtime.cudaGetLastError()  # an invalidated capture leaves its error behind, where torch would find it
         _fail("cudaStreamEndCapture", code)
     return graph
 
 
-def instantiate(graph: Handle) -> Handle:
+def instantiate(graph: Handle, stream: Handle) -> Handle:
+    """Makes a graph executable and moves it to the device, so that its first replay costs no more than a later one."""
     code, executable = runtime.cudaGraphInstantiate(graph, 0)
     if code != _SUCCESS:
-        runtime.cudaGetLastError()
         _fail("cudaGraphInstantiate", code)
-    return executable
-
-
-def upload_graph(executable: Handle, stream: Handle) -> None:
-    """Moves a graph's resources to the device, so that its first replay costs no more than a later one."""
     (code,) = runtime.cudaGraphUpload(executable, stream)
     if code != _SUCCESS:
+        destroy_executable(executable)
         _fail("cudaGraphUpload", code)
+    return executable
 
 
 def launch_graph(executable: Handle, stream: Handle) -> None:

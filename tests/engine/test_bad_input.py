@@ -46,6 +46,8 @@ def edit_config(folder: Path, **values: object) -> Path:
         ([5, 96], "Token id 96 is outside the vocabulary of 96"),
         ([-1], "Token id -1"),
         ("text", "no tokenizer"),
+        (["text", "text"], "list of token ids"),
+        (None, "list of token ids"),
     ],
 )
 def test_a_bad_prompt_is_refused_and_its_neighbours_run(engine: Engine, prompt: object, message: str) -> None:
@@ -55,6 +57,22 @@ def test_a_bad_prompt_is_refused_and_its_neighbours_run(engine: Engine, prompt: 
     assert (bad.finish_reason, bad.token_ids) == ("error", [])
     assert bad.error is not None
     assert len(good.token_ids) == 3
+
+
+def test_a_text_that_the_tokenizer_refuses_fails_alone() -> None:
+    with Engine(EngineConfig(device="cpu", max_num_seqs=2, max_model_len=64)) as engine:
+        good, bad = engine.generate(["x", "\ud800"], SamplingParams(max_tokens=3, ignore_eos=True))
+        assert bad.error is not None
+        assert "tokenizer refuses" in bad.error
+        assert len(good.token_ids) == 3
+
+
+def test_a_huge_min_tokens_is_cut_to_what_fits(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=2**31 - 1, min_tokens=2**31 - 1, temperature=0)
+    config = EngineConfig(model=engine.config.model, device="cpu", max_num_seqs=1, max_model_len=32)
+    with Engine(config) as roomy:
+        (output,) = roomy.generate([5], params)
+    assert len(output.token_ids) == 31
 
 
 def test_too_many_stop_tokens_are_refused_by_number(engine: Engine) -> None:
@@ -80,6 +98,14 @@ def test_parameters_for_another_number_of_prompts_are_refused(engine: Engine) ->
         ("seed", -1),
         ("stop_token_ids", [-5]),
         ("logprobs", 21),
+        ("logprobs", 1.5),
+        ("max_tokens", 2.5),
+        ("top_k", 2**31),
+        ("seed", "one"),
+        ("seed", 1.5),
+        ("temperature", "hot"),
+        ("stop_token_ids", (1.5,)),
+        ("stop_token_ids", 7),
     ],
 )
 def test_an_impossible_sampling_value_is_refused_by_name(name: str, value: object) -> None:

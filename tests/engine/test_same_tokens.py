@@ -85,6 +85,38 @@ def test_a_request_gets_the_tokens_it_gets_alone(engine: Engine, alone: Engine, 
         assert_same(outcome, expected, arrival.abort_after is not None)
 
 
+@settings(max_examples=6, deadline=None)
+@given(arrivals=traffic(max_requests=40))
+def test_chunks_whose_rows_are_padded_to_the_bucket_choose_the_right_logits(
+    crowded: Engine, alone: Engine, arrivals: list[Arrival]
+) -> None:
+    """With 16 slots and more, rows and slots of a mixed step can be padded to the same number, which says nothing."""
+    outcomes = replay(crowded, arrivals)
+    for arrival, outcome in zip(arrivals, outcomes, strict=True):
+        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
+        assert_same(outcome, expected, arrival.abort_after is not None)
+
+
+@pytest.fixture(scope="module")
+def crowded(checkpoint: Path) -> Iterator[Engine]:
+    config = EngineConfig(
+        model=str(checkpoint), device="cpu", dtype="float64", max_num_seqs=20, max_model_len=80,
+        max_num_batched_tokens=32, kv_block_size=8, num_kv_blocks=70,
+        backend=BackendConfig(verify=False, step_timeout_s=30),
+    )  # fmt: skip
+    with Engine(config) as engine:
+        yield engine
+
+
+def test_a_short_prompt_beside_nine_decoding_requests_gets_its_own_logits(crowded: Engine, alone: Engine) -> None:
+    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    decoding = [Arrival(0, (5 + index, 6), params) for index in range(9)]
+    late = Arrival(6, (40, 41, 42), params)  # bound 10, bucket 16; 9 rows decode and 3 are a chunk, padded to 16
+    for arrival, outcome in zip([*decoding, late], replay(crowded, [*decoding, late]), strict=True):
+        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
+        assert_same(outcome, expected, was_aborted=False)
+
+
 @pytest.mark.parametrize("depth", [0, 1, 2, 4])
 def test_a_preempted_request_continues_where_it_was(checkpoint: Path, alone: Engine, depth: int) -> None:
     arrivals = [

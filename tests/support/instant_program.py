@@ -231,7 +231,7 @@ class InstantProgram(StepProgram):
         return self.state_of_slots.slots.all()
 
     def exercise(self, key: GraphKey, generator: torch.Generator) -> None:
-        self.state_of_slots.exercise(key.bucket, 64, VOCABULARY, generator)
+        self.state_of_slots.exercise(key.bucket, key.rows, 64, VOCABULARY, generator)
         if self.redraws_offset:
             self.offset.value += 1
 

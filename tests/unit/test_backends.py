@@ -173,7 +173,7 @@ def test_out_of_memory_beside_a_capture_leaves_that_graph_out_too(make: Make, fa
 
     def run_out(key: GraphKey) -> None:
         runs.append(key)
-        if key.bucket == 4 and runs.count(key) == fails_at:
+        if key.phase == "decode" and key.bucket == 4 and runs.count(key) == fails_at:
             raise torch.OutOfMemoryError("no memory")
 
     bench.program.on_step = run_out
@@ -359,7 +359,7 @@ def test_padding_and_waiting_are_counted(make: Make) -> None:
     controller = bench.stats.controller
     assert (controller.steps, controller.real_slots, controller.predicted_slots) == (2, 2, 2)
     assert controller.padding_slots == 6
-    assert bench.stats.wait_us > 0
+    assert bench.backend.wait_us > 0
 
 
 def test_deltas_are_uploaded_by_graphs_of_their_own_staging_slots(make: Make) -> None:

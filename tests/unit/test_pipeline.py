@@ -476,7 +476,7 @@ def test_streams_that_do_not_drain_are_an_error(hasty: Rig) -> None:
 def test_a_step_is_shaped_by_its_bound_and_its_chunks(bound: int, chunks: tuple[int, int], expected: GraphKey) -> None:
     rig = Rig(max_slots=6)
     rig.pipeline.buckets = BucketTable((1, 2, 4))
-    rig.pipeline._rows = BucketTable((16, 32))
+    rig.pipeline.rows = BucketTable((16, 32))
     assert rig.pipeline.shape(StepPlan("plain", None, *chunks), bound) == expected
     rig.close()
 

@@ -155,11 +155,27 @@ def test_more_than_the_staging_buffer_holds_is_refused_and_never_cut_off(surplus
         deltas.pack(np.zeros(LIMITS.staging_words, dtype=np.int32), 0)
 
 
+def test_exercised_chunks_fill_the_rows_asked_for() -> None:
+    state = SlotState(LIMITS, torch.device("cpu"))
+    state.exercise(4, 64, 40, 50, torch.Generator().manual_seed(0))
+    assert state.slots.query_lens.sum() == 64
+    assert (state.slots.seq_lens + state.slots.query_lens == state.slots.num_tokens).all()
+
+
+def test_slots_beyond_the_room_of_a_tiny_cache_write_nowhere() -> None:
+    state = SlotState(SlotLimits(20, 64, 64, 8, 1), torch.device("cpu"))
+    state.exercise(20, 20, 3, 50, torch.Generator().manual_seed(0))  # two blocks of eight places for twenty slots
+    writers = state.slots.num_blocks > 0
+    assert writers.sum() == 16
+    places = state.slots.block_tables[:, 0] * 8 + state.slots.seq_lens
+    assert len(places[writers].unique()) == 16
+
+
 @given(slots=st.integers(1, 4), num_blocks=st.integers(2, 40), seed=st.integers(0, 99))
 def test_exercised_slots_never_write_to_the_same_place(slots: int, num_blocks: int, seed: int) -> None:
     """FastDeploy 7094: dummy inputs that stop by chance, or write into the reserved block or each other's."""
     state = SlotState(LIMITS, torch.device("cpu"))
-    state.exercise(slots, num_blocks, 50, torch.Generator().manual_seed(seed))
+    state.exercise(slots, slots, num_blocks, 50, torch.Generator().manual_seed(seed))
     held = state.slots
     assert held.query_lens.tolist() == [1] * slots + [0] * (4 - slots)
     index = torch.arange(slots)
