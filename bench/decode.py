@@ -1,0 +1,339 @@
+"""Measures the whole engine in steady decode: step time, host time, overhead over bare replays, bubbles, captures.
+
+    python -m bench.decode --shape qwen3-0.6b --batch 1,64,256 --depth 0,1 --json PATH     (from the repository's root)
+
+Random weights, random prompts, greedy; the tokens of every timed run are compared with an eager run that is padded
+alike. One model serves all measurements; each pair of batch and depth gets a backend of its own, with one decode
+bucket and one prefill bucket. What fails is recorded, and the rest goes on; the file is rewritten after every part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench.load import random_prompts, steady_decode, timed_generate, window
+from bench.provenance import provenance
+from bench.replay import Contexts, hand_written_loop, inside, replay_back_to_back
+from bench.report import METHOD, Row, capture_summary, succeeded, table
+from bench.shapes import SHAPES, Shape, engine_config, write_config
+from bench.trace import device_spans, step_gaps
+from graphexec import BackendConfig, Engine, EngineConfig, create_backend, create_runtime
+from graphexec.config import CompileMode, Device
+from graphexec.engine.assemble import Assembly, assemble
+
+__all__ = ["Plan", "measure"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        shape: see bench.shapes.
+        batches: requests that decode together.
+        depths: overlap depths.
+        tokens: output tokens of a short and of a long run.
+        prompt_tokens: None for the shape's own.
+        repeats: runs of each length.
+        traced_steps: steps in a trace; 0 for none.
+        captures: whether to time the captures of the whole ladder.
+        compile, device: as in EngineConfig.
+        minutes: after so long no further part is begun.
+    """
+
+    shape: Shape
+    batches: tuple[int, ...] = (1, 64, 256)
+    depths: tuple[int, ...] = (0, 1)
+    tokens: tuple[int, int] = (32, 288)
+    prompt_tokens: int | None = None
+    repeats: int = 3
+    traced_steps: int = 128
+    captures: bool = True
+    compile: CompileMode | None = None
+    device: Device = "auto"
+    minutes: float | None = None
+
+    @property
+    def prompt(self) -> int:
+        return self.prompt_tokens or self.shape.prompt_tokens
+
+
+Save = Callable[[Row], None]
+
+
+def measure(plan: Plan, command: list[str], save: Save = lambda results: None) -> Row:
+    """Runs the plan and returns what goes into the file; `save` gets the same, as far as it is, after each part."""
+    run = _Run(plan, save)
+    with tempfile.TemporaryDirectory() as folder:
+        run.everything(Path(folder) / plan.shape.name, command)
+    return run.results
+
+
+class _Run:
+    """The parts of a measurement, over one loaded model."""
+
+    def __init__(self, plan: Plan, save: Save) -> None:
+        self._plan = plan
+        self._save = save
+        self._started = time.perf_counter()
+        self._rows: list[Row] = []
+        self._skipped: list[str] = []
+        self._errors: list[Row] = []
+        self._eager: dict[int, list[list[int]]] = {}
+        self._captures: Row = {}
+        self.results: Row = {
+            "decode": self._rows,
+            "capture": self._captures,
+            "skipped": self._skipped,
+            "errors": self._errors,
+        }
+
+    def everything(self, folder: Path, command: list[str]) -> None:
+        plan = self._plan
+        largest = max(plan.batches)
+        first = BackendConfig(name="eager", capture_sizes=(largest,))
+        self._config = engine_config(
+            plan.shape,
+            write_config(plan.shape, folder),
+            first,
+            largest_batch=largest,
+            device=plan.device,
+            compile=plan.compile,
+        )
+        started = time.perf_counter()
+        self._parts: Assembly = assemble(self._config, None)  # loads, and compiles by running steps eagerly
+        self._parts.backend.close()
+        resolved = self._parts.resolved
+        self._is_cuda = resolved.device.type == "cuda"
+        self.results |= provenance(command, resolved.device) | {
+            "shape": plan.shape.name,
+            "plan": asdict(replace(plan, shape=plan.shape.name)) | {"prompt_tokens": plan.prompt},  # type: ignore[arg-type]
+            "engine": self._config.model_dump(mode="json", exclude={"backend", "model"})
+            | {"compile": resolved.compile, "dtype": str(resolved.dtype)},
+            "method": METHOD,
+            "load_and_compile_s": time.perf_counter() - started,
+        }
+        self._save(self.results)
+        for depth in plan.depths:
+            for batch in plan.batches:
+                self._try(f"batch {batch}, depth {depth}", partial(self._decode, batch, depth))
+        if plan.captures:
+            for name, verify in (("first", False), ("again", False), ("verified", True)):
+                self._try(f"capture of the ladder, {name}", partial(self._capture, name, verify))
+        self.results["seconds"] = time.perf_counter() - self._started
+        self._save(self.results)
+
+    def _try(self, name: str, part: Callable[[], None]) -> None:
+        """Runs a part unless the time is up; one that fails is recorded, and the rest goes on."""
+        minutes = self._plan.minutes
+        if minutes is not None and time.perf_counter() - self._started > minutes * 60:
+            self._skipped.append(name)
+        else:
+            print(f"[{time.perf_counter() - self._started:6.1f} s] {name}", file=sys.stderr, flush=True)
+            try:
+                part()
+            except Exception as failure:
+                traceback.print_exc()
+                self._errors.append({"part": name, "error": f"{type(failure).__name__}: {failure}"})
+        self._save(self.results)
+
+    @contextmanager
+    def _engine(self, name: str, batch: int, depth: int) -> Iterator[Engine]:
+        """An engine over the loaded model with one decode bucket and one prefill bucket, which all steps share."""
+        backend = BackendConfig(
+            name=name,
+            overlap_depth=depth,
+            capture_sizes=(batch,),
+            prefill_sizes=(self._parts.limits.max_rows,),
+            verify=False,
+            strict=True,
+        )
+        with _engine_over(self._parts, self._config, backend) as engine:
+            yield engine
+
+    def _decode(self, batch: int, depth: int) -> None:
+        plan, short, long = self._plan, *self._plan.tokens
+        prompts = random_prompts(batch, plan.prompt, plan.shape.vocab_size)
+        expected = self._eager_tokens(batch, prompts)
+        contexts = Contexts(batch, plan.prompt + short - 1, plan.prompt + long)
+        row: Row = {"batch": batch, "depth": depth}
+        self._rows.append(row)
+        with self._engine("cudagraph", batch, depth) as engine:
+            timed_generate(engine, prompts, max(short // 2, 2))  # warm
+            shorts: list[float] = []
+            longs: list[float] = []
+            bare: list[float] = []
+            differing: list[int] = []
+            for _ in range(plan.repeats):
+                for tokens, seconds in ((short, shorts), (long, longs)):
+                    taken, given = timed_generate(engine, prompts, tokens)
+                    seconds.append(taken)
+                    differing.append(_differing(given, expected))
+                bare.append(replay_back_to_back(inside(engine), contexts, long - short)[0])
+            step_ms = (statistics.median(longs) - statistics.median(shorts)) / (long - short) * 1e3
+            bare_ms = statistics.median(bare)
+            row |= {
+                "decode_step_ms": step_ms,
+                "bare_replay_ms": bare_ms,
+                "overhead": step_ms / bare_ms,
+                "tokens_per_s": batch / step_ms * 1e3,
+                "runs_with_other_tokens_than_eager": sum(count > 0 for count in differing),
+                "samples": {
+                    "short_run_s": shorts,
+                    "long_run_s": longs,
+                    "bare_replay_ms": bare,
+                    "requests_with_other_tokens_than_eager": differing,
+                },
+            }
+            self._save(self.results)
+            self._try(f"windows of batch {batch}, depth {depth}", partial(self._windows, row, engine, prompts))
+            if self._is_cuda and plan.traced_steps:
+                self._try(f"trace of batch {batch}, depth {depth}", partial(self._trace, row, engine, prompts))
+            if self._is_cuda and depth == plan.depths[0]:
+                by_hand = partial(self._hand_written, row, engine, contexts)
+                self._try(f"hand-written loop, batch {batch}", by_hand)
+
+    def _eager_tokens(self, batch: int, prompts: list[list[int]]) -> list[list[int]]:
+        if batch not in self._eager:
+            with self._engine("eager", batch, depth=1) as engine:
+                timed_generate(engine, prompts, 2)
+                seconds, self._eager[batch] = timed_generate(engine, prompts, self._plan.tokens[1])
+            eager = self.results.setdefault("eager_long_run_s", {})
+            assert isinstance(eager, dict)
+            eager[str(batch)] = seconds
+        return self._eager[batch]
+
+    def _windows(self, row: Row, engine: Engine, prompts: list[list[int]]) -> None:
+        plan = self._plan
+        steps = (plan.tokens[1] - plan.tokens[0]) // (2 * plan.repeats)
+        with steady_decode(engine, prompts, plan.tokens[1]):
+            windows = [window(engine, len(prompts), steps) for _ in range(plan.repeats)]
+        for name in ("host_us", "wait_us", "step_us"):
+            row[name] = statistics.median(getattr(each, name) for each in windows)
+        row["windows"] = [asdict(each) for each in windows]
+
+    def _trace(self, row: Row, engine: Engine, prompts: list[list[int]]) -> None:
+        plan = self._plan
+        count = min(plan.traced_steps, (plan.tokens[1] - plan.tokens[0]) // 2)  # those in which every request decodes
+
+        def steps() -> None:
+            for _ in range(count):
+                engine.step()
+
+        with steady_decode(engine, prompts, plan.tokens[1]):
+            spans = device_spans(steps)
+        row |= step_gaps(spans).as_dict()
+
+    def _hand_written(self, row: Row, engine: Engine, contexts: Contexts) -> None:
+        parts, steps = inside(engine), self._plan.tokens[1] - self._plan.tokens[0]
+        replayed = replay_back_to_back(parts, contexts, steps)[1]  # over the KV that the loops find, too
+        loops = [hand_written_loop(parts, contexts, steps) for _ in range(self._plan.repeats)]
+        row["hand_written_samples_ms"] = [milliseconds for milliseconds, _ in loops]
+        row["hand_written_ms"] = statistics.median(milliseconds for milliseconds, _ in loops)
+        row["hand_written_tokens_are_the_replays"] = all(torch.equal(tokens, replayed) for _, tokens in loops)
+
+    def _capture(self, name: str, verify: bool) -> None:
+        """Warms a backend up for the whole ladder, and throws it away."""
+        if self._is_cuda:
+            torch.cuda.empty_cache()
+        backend = create_backend(BackendConfig(verify=verify), create_runtime(self._parts.resolved.device))
+        try:
+            backend.prepare(self._parts.program)
+            started = time.perf_counter()
+            manifest = backend.warmup()
+            seconds = time.perf_counter() - started
+        finally:
+            backend.close()
+        self._captures[name] = {"wall_s": seconds, **capture_summary(manifest)}
+
+
+@contextmanager
+def _engine_over(parts: Assembly, config: EngineConfig, backend: BackendConfig) -> Iterator[Engine]:
+    """An engine over the loaded model of `parts` with a new backend. The backend before it must be closed."""
+    executor = create_backend(backend, create_runtime(parts.resolved.device))
+    try:
+        executor.prepare(parts.program)
+        manifest = executor.warmup()
+        parts = replace(parts, backend=executor, manifest=manifest)
+        engine = Engine(config.model_copy(update={"backend": backend}), parts=parts)
+    except BaseException:
+        executor.close()
+        raise
+    with engine:
+        yield engine
+
+
+def _differing(given: list[list[int]], expected: list[list[int]]) -> int:
+    """Requests whose tokens are not the beginning of those expected."""
+    return sum(own != other[: len(own)] for own, other in zip(given, expected, strict=True))
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _parse(arguments: list[str]) -> tuple[Plan, Path | None]:
+    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-0.6b")
+    parser.add_argument("--batch", type=_integers, default=(1, 64, 256), help="requests that decode together")
+    parser.add_argument("--depth", type=_integers, default=(0, 1), help="overlap depths")
+    parser.add_argument("--tokens", type=_integers, default=(32, 288), help="of a short and of a long run")
+    parser.add_argument("--prompt", type=int, help="tokens of a prompt; the shape's own by default")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each length")
+    parser.add_argument("--traced-steps", type=int, default=128, help="0 for no trace")
+    parser.add_argument("--no-captures", action="store_true", help="do not time the captures of the whole ladder")
+    parser.add_argument("--compile", choices=("model", "layer", "off"))
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--minutes", type=float, help="after so long no further part is begun")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    given = parser.parse_args(arguments)
+    if len(given.tokens) != 2 or not 0 < given.tokens[0] < given.tokens[1]:
+        parser.error("--tokens takes two rising numbers")
+    shape = SHAPES[given.shape]
+    longest = (given.prompt or shape.prompt_tokens) + given.tokens[1]
+    if longest >= shape.max_model_len:
+        parser.error(f"prompt and output have {longest} tokens, and {shape.name} is set up for {shape.max_model_len}")
+    plan = Plan(
+        shape=shape,
+        batches=given.batch,
+        depths=given.depth,
+        tokens=given.tokens,
+        prompt_tokens=given.prompt,
+        repeats=given.repeats,
+        traced_steps=given.traced_steps,
+        captures=not given.no_captures,
+        compile=given.compile,
+        device=given.device,
+        minutes=given.minutes,
+    )
+    return plan, given.json
+
+
+def main(arguments: list[str]) -> int:
+    plan, path = _parse(arguments)
+
+    def save(results: Row) -> None:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+
+    results = measure(plan, ["python", "-m", "bench.decode", *arguments], save)
+    print(table(results))
+    return 0 if succeeded(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
