@@ -47,11 +47,11 @@ def measure_num_blocks(
     with runtime.activated():
         try:
             probe.prepare(program)
+            costs = [graph.pool_bytes for graph in probe.warmup().graphs]
             torch.cuda.reset_peak_memory_stats(runtime.device)
             resident = torch.cuda.memory_allocated(runtime.device)
             probe.submit(_largest_step(limits)).result()
             activations = torch.cuda.max_memory_allocated(runtime.device) - resident
-            costs = [graph.pool_bytes for graph in probe.warmup().graphs]
         finally:
             probe.close()
         runtime.trim()
