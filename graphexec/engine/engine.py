@@ -7,8 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -19,42 +17,16 @@ from graphexec.capture.manifest import Manifest
 from graphexec.config import EngineConfig
 from graphexec.engine.assemble import Assembly, assemble
 from graphexec.engine.blocks import BlockAllocator
-from graphexec.engine.intake import Intake, Prompt
+from graphexec.engine.intake import Intake, Prompt, as_batch
 from graphexec.engine.logprobs import LogprobRows
 from graphexec.engine.params import SamplingParams
 from graphexec.engine.request import Request, RequestOutput
 from graphexec.engine.scheduler import ScheduledStep, Scheduler
+from graphexec.engine.stats import EngineStats
 from graphexec.errors import DeviceError, GraphexecError, RequestError, StepTimeout
 from graphexec.plan import FinishCode, StepHandle
 
-__all__ = ["Engine", "EngineStats"]
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counts since the start.
-
-    Attributes:
-        steps: steps submitted.
-        replays: of them, those that ran as a captured graph.
-        eager_steps: of them, those that did not, by reason.
-        padding_rows: launched slots that were padding, summed over the steps.
-        predicted_slots: sum of the bounds that steps were launched with.
-        real_slots: sum of the slots that really ran.
-        preemptions: requests sent back to the queue for want of KV blocks.
-        host_us: time that the step loop computed, microseconds, waits excluded.
-        wait_us: time that it waited for the device, microseconds.
-    """
-
-    steps: int
-    replays: int
-    eager_steps: dict[str, int]
-    padding_rows: int
-    predicted_slots: int
-    real_slots: int
-    preemptions: int
-    host_us: float
-    wait_us: float
+__all__ = ["Engine"]
 
 
 class _InFlight(NamedTuple):
@@ -205,7 +177,7 @@ class Engine:
         A prompt that is refused gets an output with finish_reason "error"; the others run. Outputs of other requests
         that run meanwhile are kept for the next `step`.
         """
-        batch = _as_batch(prompts)
+        batch = as_batch(prompts)
         if isinstance(params, SamplingParams) or params is None:
             params = [params or SamplingParams()] * len(batch)
         if len(params) != len(batch):
@@ -367,11 +339,3 @@ def _freeze_heap() -> bool:
     gc.collect()
     gc.freeze()
     return True
-
-
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if len(prompts) > 0 and all(isinstance(entry, Integral) for entry in prompts):
-        return [prompts]  # type: ignore[list-item]  # a list of ints is one prompt
-    return list(prompts)  # type: ignore[arg-type]  # and anything else is a list of prompts

@@ -6,6 +6,7 @@ import itertools
 import operator
 from collections import deque
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 from graphexec.engine.detokenizer import Detokenizer, Tokenizer
 from graphexec.engine.params import SamplingParams
@@ -13,7 +14,7 @@ from graphexec.engine.request import Request
 from graphexec.errors import RequestError
 from graphexec.slots import SlotLimits
 
-__all__ = ["Intake", "Prompt"]
+__all__ = ["Intake", "Prompt", "as_batch"]
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""
@@ -132,3 +133,12 @@ class Intake:
         if wrong is not None:
             raise RequestError(f"Token id {wrong} is outside the vocabulary of {self._vocab_size} entries.")
         return token_ids
+
+
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, or several, as a list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) > 0 and all(isinstance(entry, Integral) for entry in prompts):
+        return [prompts]  # type: ignore[list-item]  # a list of ints is one prompt
+    return list(prompts)  # type: ignore[arg-type]  # and anything else is a list of prompts

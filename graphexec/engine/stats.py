@@ -1,0 +1,34 @@
+"""What an engine has counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["EngineStats"]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counts since the start.
+
+    Attributes:
+        steps: steps submitted.
+        replays: of them, those that ran as a captured graph.
+        eager_steps: of them, those that did not, by reason.
+        padding_rows: launched slots that were padding, summed over the steps.
+        predicted_slots: sum of the bounds that steps were launched with.
+        real_slots: sum of the slots that really ran.
+        preemptions: requests sent back to the queue for want of KV blocks.
+        host_us: time that the step loop computed, microseconds, waits excluded.
+        wait_us: time that it waited for the device, microseconds.
+    """
+
+    steps: int
+    replays: int
+    eager_steps: dict[str, int]
+    padding_rows: int
+    predicted_slots: int
+    real_slots: int
+    preemptions: int
+    host_us: float
+    wait_us: float
