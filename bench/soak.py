@@ -24,8 +24,8 @@ def soak(config: EngineConfig, seconds: float, vocab_size: int) -> dict[str, obj
     wanted: dict[str, int] = {}
     received: dict[str, int] = {}
     reasons: dict[str, int] = {}
-    deadline = time.monotonic() + seconds
     with Engine(config) as engine:
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline or engine.has_unfinished():
             if time.monotonic() < deadline and len(wanted) < 2 * config.max_num_seqs and rng.random() < 0.5:
                 prompt = [rng.randrange(vocab_size) for _ in range(rng.randrange(1, 200))]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from graphexec.errors import CaptureError
-from graphexec.plan import GraphKey
+from graphexec.plan import GraphKey, RecordLayout
 
-__all__ = ["check_written", "compare", "poison", "snapshot"]
+__all__ = ["check_record", "check_written", "compare", "poison", "snapshot"]
 
 _POISON_INT = -0x5EED
 
@@ -37,18 +37,49 @@ def check_written(key: GraphKey, outputs: Sequence[torch.Tensor]) -> None:
             raise CaptureError(f"The {key} leaves output {index} of those it names as observed unwritten.")
 
 
-def compare(key: GraphKey, eager: Sequence[torch.Tensor], replayed: Sequence[torch.Tensor]) -> None:
+def check_record(
+    key: GraphKey, before: torch.Tensor, ring: torch.Tensor, after: torch.Tensor, layout: RecordLayout
+) -> None:
+    """Checks that the eager step kept the contract of records.
+
+    Args:
+        key: the step.
+        before, after: the counter, `[1]` int32, before and after the step.
+        ring: `[R, words]` int32, poisoned before the step.
+        layout: of a record.
+
+    Raises:
+        CaptureError: says which part of the contract was broken.
+    """
+    step, next_step = int(before), int(after)
+    record = ring[step % len(ring)].tolist()
+    ran = sum(count >= 0 for count in record[layout.HEADER : layout.HEADER + layout.max_slots])
+    broken = {
+        f"it must add one to the counter, which went from {step} to {next_step}": next_step != step + 1,
+        "it must write its record into ring[counter % R]": _POISON_INT in record[: layout.base_words],
+        f"word 0 of its record must be the counter, {step}, and is {record[0]}": record[0] != step,
+        f"word 1 of its record, real_bsz, is {record[1]}, and {ran} slots ran by their num_tokens": record[1] != ran,
+    }
+    for what, is_broken in broken.items():
+        if is_broken:
+            raise CaptureError(f"The {key} breaks the contract of a step: {what}.")
+
+
+def compare(
+    key: GraphKey, names: Sequence[str], eager: Sequence[torch.Tensor], replayed: Sequence[torch.Tensor]
+) -> None:
     """Checks that a replay left the same values as the eager step: the kernels are the same, so are the bits.
 
     Raises:
-        CaptureError: names the key and the tensor that differs most.
+        CaptureError: names the key and the tensor that differs.
     """
-    for index, (expected, actual) in enumerate(zip(eager, replayed, strict=True)):
+    for name, expected, actual in zip(names, eager, replayed, strict=True):
         same = torch.eq(expected, actual) | (torch.ne(expected, expected) & torch.ne(actual, actual))
         wrong = int(same.logical_not().sum())
         if wrong:
             raise CaptureError(
                 f"The graph of the {key} computes something else than the eager step: {wrong} of {expected.numel()} "
-                f"elements of output {index} ({expected.dtype}, {tuple(expected.shape)}) differ. "
-                "A host number that changes between steps was probably frozen into the graph."
+                f"elements of {name} ({expected.dtype}, {tuple(expected.shape)}) differ. A host number that changes "
+                "between steps was probably frozen into the graph; or state() leaves out a tensor that the step "
+                "changes, or the step rebinds one instead of writing into it."
             )

@@ -102,7 +102,7 @@ def run(
 ) -> dict[int, list[int]]:
     """The orbit of each number down to 1: a whole engine with continuous batching, in thirty lines."""
     runtime = create_runtime(torch.device(device))
-    executor = create_backend(BackendConfig(name=backend, overlap_depth=depth), runtime)
+    executor = create_backend(BackendConfig(name=backend), runtime)
     executor.prepare(Collatz(runtime.device))
     executor.warmup()
     waiting, free = deque(number for number in dict.fromkeys(numbers) if number > 1), set(range(SLOTS))

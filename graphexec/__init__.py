@@ -16,7 +16,17 @@ from graphexec.errors import (
     RequestError,
     StepTimeout,
 )
-from graphexec.plan import DeviceIO, FinishCode, GraphKey, RecordLayout, StepHandle, StepPlan, StepProgram, StepResult
+from graphexec.plan import (
+    Delta,
+    DeviceIO,
+    FinishCode,
+    GraphKey,
+    RecordLayout,
+    StepHandle,
+    StepPlan,
+    StepProgram,
+    StepResult,
+)
 from graphexec.runtime import create_runtime
 
 if TYPE_CHECKING:
@@ -27,6 +37,7 @@ __all__ = [
     "BucketOverflowError",
     "CaptureError",
     "ConfigError",
+    "Delta",
     "DeviceError",
     "DeviceIO",
     "Engine",

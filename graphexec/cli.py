@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import platform
+import reprlib
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from graphexec.capture.buckets import default_ladder, row_ladder
 from graphexec.capture.manifest import Manifest
 from graphexec.config import BackendConfig, EngineConfig, backend_names, read_toml
 from graphexec.engine import Engine, EngineStats, RequestOutput, SamplingParams
@@ -62,9 +64,23 @@ def main() -> None:
         sys.exit(130)
 
 
+@app.callback(invoke_without_command=True)
+def common(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    """CUDA-graph execution backend for LLM decode."""
+    if version:
+        print(_version_of("graphexec"))
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
+
 @app.command()
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Texts to continue.", show_default=False)],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="Texts to continue.", show_default=False)],
     model: Model = None,
     load_format: LoadFormat = None,
     device: DeviceOption = None,
@@ -120,6 +136,8 @@ def warmup(
         "max_num_seqs": max_num_seqs, "max_model_len": max_model_len,
     }  # fmt: skip
     engine_config = _engine_config(config, settings, backend, overlap_depth, default_slots=None)
+    if not manifest.parent.is_dir() or manifest.is_dir():
+        raise ConfigError(f"Cannot write the manifest to {manifest}: give a file in a folder that exists.")
     started = time.perf_counter()
     columns = (TextColumn("capturing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, TimeElapsedColumn(), console=_notes) as bar:
@@ -131,7 +149,8 @@ def warmup(
         with Engine(engine_config, progress=show) as engine:
             captured = engine.manifest
     captured.write(manifest)
-    Console().print(_manifest_table(captured))
+    if captured.graphs:
+        Console().print(_manifest_table(captured))
     seconds = time.perf_counter() - started
     _notes.print(
         f"{len(captured.graphs)} graphs on {captured.device} in {captured.capture_s:.2f} s, "
@@ -152,21 +171,35 @@ def env(model: Model = None, config: Config = None) -> None:
     console.print(machine)
     engine_config = _engine_config(config, {"model": model}, None, None, default_slots=None)
     resolved = resolve(engine_config, load_config(model_folder(engine_config.model)))
+    max_rows = resolved.max_num_batched_tokens + engine_config.max_num_seqs
+    ladders = {
+        "capture_sizes": engine_config.backend.capture_sizes or default_ladder(engine_config.max_num_seqs),
+        "prefill_sizes": engine_config.backend.prefill_sizes or row_ladder(max_rows),
+        "verify": engine_config.backend.verify or resolved.device.type == "cuda",
+    }
     table = Table("setting", "value", "why", title="Configuration")
     for name in EngineConfig.model_fields:
         if name == "backend":
             continue
         asked = getattr(engine_config, name)
         value = getattr(resolved, name, asked)
-        default = "measured after loading" if value is None else "as configured"
+        given = "as configured" if name in engine_config.model_fields_set else "default"
+        default = "measured after loading" if value is None else given
         table.add_row(name, str(value), resolved.reasons.get(name, default))
     for name, value in engine_config.backend.model_dump().items():
-        table.add_row(f"backend.{name}", str(value), "as configured")
+        given = "as configured" if name in engine_config.backend.model_fields_set else "default"
+        table.add_row(f"backend.{name}", _shown(ladders.get(name, value)), given)
     console.print(table)
 
 
 def _as_turn(engine: Engine) -> Callable[[str], list[int]]:
     return lambda prompt: engine.chat([{"role": "user", "content": prompt}])
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple) and len(value) > 8:
+        return f"{', '.join(map(str, value[:6]))} ... {value[-1]} ({len(value)} sizes)"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _stream_all(
@@ -180,7 +213,7 @@ def _stream_all(
             ids.append(engine.add_request(encode(prompt), params))
         except RequestError as refusal:
             refused = True
-            _notes.print(f"error: prompt {prompt!r}: {refusal}", markup=False, soft_wrap=True)
+            _notes.print(f"error: prompt {reprlib.repr(prompt)}: {refusal}", markup=False, soft_wrap=True)
     started = time.perf_counter()
     latest: dict[str, RequestOutput] = {}
     failed: list[RequestOutput] = []
@@ -193,17 +226,25 @@ def _stream_all(
                 failed.append(output)
         while shown < len(ids) and ids[shown] in latest:
             output = latest[ids[shown]]
-            sys.stdout.write(output.text[printed:])
+            sys.stdout.write(_printable(output.text[printed:]))
             sys.stdout.flush()
             printed = len(output.text)
             if not output.finished:
                 break
             sys.stdout.write("\n")
+            sys.stdout.flush()
             shown, printed = shown + 1, 0
     _notes.print(_figures(engine, tokens, time.perf_counter() - started), markup=False, soft_wrap=True)
     if failed:
         raise GraphexecError("; ".join(f"request {output.request_id}: {output.error}" for output in failed))
     return refused
+
+
+def _printable(text: str) -> str:
+    """What a terminal may be sent: a model must not be able to drive it with control characters."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(character if character in "\n\t" or character.isprintable() else "\ufffd" for character in text)
 
 
 def _figures(engine: Engine, tokens: int, seconds: float) -> str:
@@ -233,19 +274,19 @@ def _engine_config(
         raise ConfigError(f"{path}: backend must be a table, [backend].")
     values["backend"] = BackendConfig(**(section | chosen))
     if default_slots is not None:
-        values.setdefault("max_num_seqs", max(default_slots, 1))
+        values.setdefault("max_num_seqs", max(default_slots, 1, *(values["backend"].capture_sizes or ())))
     return EngineConfig(**values)
 
 
 def _manifest_table(manifest: Manifest) -> Table:
-    table = Table("bucket", "rows", "sampler", "nodes", "kernels", "pool MiB", "ms", "verified", "fingerprint")
+    table = Table("bucket", "rows", "sampler", "nodes", "MiB", "ms", "verified")
+    table.add_column("fingerprint", no_wrap=True)
     for graph in manifest.graphs:
         table.add_row(
             str(graph.key.bucket),
             str(graph.key.rows),
             graph.key.variant,
             str(graph.nodes),
-            str(graph.kernels),
             f"{graph.pool_bytes / 2**20:.1f}",
             f"{graph.capture_s * 1e3:.1f}",
             "yes" if graph.verified else "no",
@@ -256,11 +297,8 @@ def _manifest_table(manifest: Manifest) -> Table:
 
 def _machine() -> list[tuple[str, str]]:
     rows = [("python", platform.python_version()), ("torch", str(torch.__version__))]
-    for package in ("graphexec", "cuda-python", "triton", "transformers"):
-        try:
-            rows.append((package, version(package)))
-        except PackageNotFoundError:
-            rows.append((package, "not installed"))
+    packages = ("graphexec", "cuda-python", "triton", "transformers")
+    rows.extend((package, _version_of(package)) for package in packages)
     rows.append(("backends", ", ".join(backend_names())))
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -269,6 +307,13 @@ def _machine() -> list[tuple[str, str]]:
     if not torch.cuda.is_available():
         rows.append(("cuda", "no device; the CPU runtime serves"))
     return rows
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _set_up_logging(verbose: bool) -> None:

@@ -48,12 +48,13 @@ class BackendConfig(_Config):
 
     Attributes:
         name: "cudagraph", "eager", or a name registered under the entry-point group `graphexec.backends`.
-        overlap_depth: steps submitted ahead of the one being collected, 0 to 4. 0 is the classical loop.
+        overlap_depth: steps that the engine submits ahead of the one it collects, 0 to 4. 0 is the classical loop.
+            Backends do not read it: in a loop of your own, the depth is how many handles you leave uncollected.
         capture_sizes: batch sizes (slots) to capture; None for 1, 2, 4, then steps of 8 to 256, then of 16.
         prefill_sizes: padded row counts of steps with prompt chunks; None for a ladder of about 12 % steps.
         lazy_capture: capture a missing graph when it is first needed, which stalls that step.
         strict: refuse, instead of counting, a decode step that has no graph.
-        verify: compare every graph with the eager step after its capture.
+        verify: compare every graph with the eager step after its capture; None: on CUDA (a CPU graph is the step).
         overlap_prefill: let steps with prompt chunks overlap too; false drains the pipeline around them.
         step_timeout_s: seconds after which a step that has not finished is an error.
     """
@@ -64,7 +65,7 @@ class BackendConfig(_Config):
     prefill_sizes: tuple[PositiveInt, ...] | None = None
     lazy_capture: bool = False
     strict: bool = False
-    verify: bool = True
+    verify: bool | None = None
     overlap_prefill: bool = True
     step_timeout_s: Annotated[float, Field(gt=0)] = 120.0
 
@@ -73,7 +74,7 @@ class BackendConfig(_Config):
     def _registered(cls, name: str) -> str:
         known = backend_names()
         if name not in known:
-            raise ValueError(f"there is no such backend. {_nearest(name, known)}")
+            raise ValueError(f"there is no such backend. {_nearest(name, known)}".rstrip("."))
         return name
 
     @field_validator("capture_sizes", "prefill_sizes")
@@ -119,6 +120,11 @@ class EngineConfig(_Config):
     compile: CompileMode | None = None
     backend: BackendConfig = BackendConfig()
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _path(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
     @field_validator("backend", mode="before")
     @classmethod
     def _table(cls, value: object) -> object:
@@ -155,7 +161,11 @@ class EngineConfig(_Config):
         Raises:
             ConfigError: the file cannot be read, is not TOML, or has a wrong name or value.
         """
-        return cls(**read_toml(path))
+        values = read_toml(path)
+        try:
+            return cls(**values)
+        except ConfigError as failure:
+            raise ConfigError(f"{path}: {failure}") from None
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -185,9 +195,12 @@ def _explain_one(model: type[BaseModel], error: dict[str, Any]) -> str:
     path = [str(part) for part in error["loc"]]
     name = ".".join(path)
     if error["type"] == "extra_forbidden":
+        if model is not BackendConfig and path[-1] in BackendConfig.model_fields:
+            return f"Unknown setting {name!r}. It belongs to the backend (in TOML, under [backend])."
         return f"Unknown setting {name!r}. {_nearest(path[-1], list(model.model_fields))}"
-    reason = str(error["msg"]).removeprefix("Value error, ").rstrip(".")
-    return f"{name}={error['input']!r} is not possible: {reason}." if name else f"{reason}."
+    reason = str(error["msg"]).removeprefix("Value error, ")
+    end = "" if reason.endswith(("?", ".")) else "."
+    return f"{name}={error['input']!r} is not possible: {reason}{end}" if name else f"{reason}{end}"
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

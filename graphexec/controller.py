@@ -69,9 +69,13 @@ class Controller:
         """Upper bound of the number of slots that run in the next step submitted."""
         return int(np.count_nonzero(self._alive | (self._armed_at > self._observed)))
 
-    def next_bucket(self) -> int | None:
-        """The captured size for `next_bound()`; None off the ladder. Not to be asked for an empty step."""
-        return self._buckets.fit(self.next_bound())
+    def next_bucket(self) -> int:
+        """The size with which the next step is launched. Not to be asked for an empty step."""
+        return self.bucket_for(self.next_bound())
+
+    def bucket_for(self, bound: int) -> int:
+        """The smallest captured size that holds `bound` slots; off the ladder, all slots."""
+        return self._buckets.fit(bound) or len(self._alive)
 
     def count(self, bound: int, launched: int, real: int) -> None:
         """Counts a collected step: what was predicted, launched and real, in slots."""

@@ -11,7 +11,7 @@ import torch
 
 from graphexec.capture.buckets import BucketTable
 from graphexec.controller import Controller
-from graphexec.errors import BucketOverflowError, DeviceError, GraphexecError, StepTimeout
+from graphexec.errors import BucketOverflowError, ConfigError, DeviceError, GraphexecError, StepTimeout
 from graphexec.plan import (
     Delta,
     DeviceIO,
@@ -104,7 +104,7 @@ class Pipeline:
         """The shape that holds at most `bound` running slots and the chunks of `plan`."""
         if bound == 0:
             return GraphKey("idle", 0, 0, plan.variant)
-        bucket = self.buckets.fit(bound) or self._program.max_slots
+        bucket = self.controller.bucket_for(bound)
         per_slot = self._program.rows_per_slot
         # Chunks of one token (the end of a prompt, or all of it) are rows like any other.
         if plan.chunk_rows == 0 or (per_slot == 1 and plan.chunk_rows == plan.chunk_slots):
@@ -117,10 +117,14 @@ class Pipeline:
 
         Raises:
             PipelineFull: a ring has no retired slot; collect a step first.
+            ConfigError: the program has no such variant.
             DeviceError: an earlier submit failed halfway, so that host and device no longer agree on the step.
         """
         with self.runtime.activated():
             self._raise_if_broken()
+            if plan.variant not in self._program.variants:
+                known = ", ".join(self._program.variants)
+                raise ConfigError(f"The program has no variant {plan.variant!r}. Known: {known}.")
             step = self._next_step
             self.records.acquire(step)
             try:
@@ -229,7 +233,8 @@ class Pipeline:
         if (step - handle.step) & _STEP_MASK or (last_delta - handle.last_delta) & _STEP_MASK:
             self._failure = DeviceError(
                 f"The record of step {handle.step} carries step {step & _STEP_MASK} and delta {last_delta} "
-                f"(expected delta {handle.last_delta}): host and device disagree."
+                f"(expected delta {handle.last_delta}): host and device disagree. "
+                "Does the step add one to the counter, and does apply() keep the step number that pack() was given?"
             )
             raise self._failure
         if overflow:

@@ -112,14 +112,21 @@ class StepResult:
 
 
 class Delta(Protocol):
-    """Host-to-device changes of one step; at most one for a slot, since two would race in the apply kernel (F8)."""
+    """Host-to-device changes of one step; at most one for a slot, since two would race in the apply kernel (F8).
+
+    The words of an earlier delta may still stand in what `pack` is given. All zeros must be a delta that changes
+    nothing: warm-up applies it.
+    """
 
     @property
     def armed(self) -> Sequence[int]:
         """Slots that may run because of it: admitted, re-armed, resumed or supplied with blocks."""
 
     def pack(self, words: Int32Array, step: int) -> None:
-        """Writes itself into `words` (the program's `staging_words` int32s) for the step with this number."""
+        """Writes itself into `words`, the program's `staging_words` int32s, with the number of the step.
+
+        `apply` keeps that number on the device, and the record of every later step repeats it in its header.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +199,7 @@ class StepProgram(ABC):
     staging_words: int
     """Size of a packed delta, int32 words."""
     max_rows: int
-    """Largest number of rows of a step."""
+    """Largest number of rows of a step. `max_slots * rows_per_slot` for a program that takes no prompt chunks."""
     rows_per_slot: int = 1
     """Rows that a decoding slot computes in a step."""
 
@@ -206,7 +213,10 @@ class StepProgram(ABC):
 
     @abstractmethod
     def step(self, key: GraphKey) -> None:
-        """Runs one step of this shape: reads the slots, writes them and the record, counts up."""
+        """Runs one step of this shape: reads the slots, writes them and the record, counts up.
+
+        In the phase "idle" nothing runs (rows and bucket are 0); the record is written all the same.
+        """
 
     @abstractmethod
     def state(self) -> Sequence[torch.Tensor]:
@@ -214,7 +224,7 @@ class StepProgram(ABC):
 
     @abstractmethod
     def exercise(self, key: GraphKey, generator: torch.Generator) -> None:
-        """Fills the slots with random valid inputs for a step of this shape; `generator` is a CPU one."""
+        """Sets exactly `key.bucket` slots running, on random valid inputs for such a step; `generator` is a CPU one."""
 
     def spoil(self, key: GraphKey) -> None:  # noqa: B027  # a program without such memory has nothing to do
         """Overwrites what the last step wrote beside its state, its record and `observed`, e.g. into a KV cache.

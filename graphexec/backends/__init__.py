@@ -37,7 +37,11 @@ def create_backend(config: BackendConfig, runtime: Runtime) -> ExecutionBackend:
     if config.name == "eager":
         return EagerBackend(config, runtime)
     for point in entry_points(group=BACKEND_GROUP, name=config.name):
-        backend = point.load()(config, runtime)
+        try:
+            factory = point.load()
+        except (ImportError, AttributeError) as failure:
+            raise ConfigError(f"Cannot load backend {config.name!r} from {point.value!r}: {failure}.") from failure
+        backend = factory(config, runtime)
         if not isinstance(backend, ExecutionBackend):
             raise ConfigError(f"Entry point {point.value!r} made {type(backend).__name__}, not an ExecutionBackend.")
         return backend

@@ -20,7 +20,7 @@ from graphexec.backends.stepping import (
 )
 from graphexec.capture.graph_set import GraphSet, frozen_garbage_collection
 from graphexec.capture.manifest import CapturedGraph, Manifest
-from graphexec.capture.verify import check_written, compare, poison, snapshot
+from graphexec.capture.verify import check_record, check_written, compare, poison, snapshot
 from graphexec.config import BackendConfig
 from graphexec.errors import CaptureError, GraphexecError
 from graphexec.pipeline import Pipeline, keep_for_ever
@@ -39,6 +39,7 @@ class CudaGraphBackend(ExecutionBackend):
     def __init__(self, config: BackendConfig, runtime: Runtime) -> None:
         self._config = config
         self._runtime = runtime
+        self._verifies = config.verify if config.verify is not None else runtime.device.type == "cuda"
         self._pipeline: Pipeline | None = None
         self._graphs: GraphSet | None = None
 
@@ -122,7 +123,7 @@ class CudaGraphBackend(ExecutionBackend):
         graph = graphs.capture(key, lambda: self._program.step(key))
         captured = time.perf_counter()
         pool_bytes = self._runtime.used() - used_before
-        if self._config.verify:
+        if self._verifies:
             self._verify(key, pipeline, graphs)
         info = graph.describe()
         return CapturedGraph(
@@ -133,7 +134,7 @@ class CudaGraphBackend(ExecutionBackend):
             warmup_s=warm - started,
             capture_s=captured - warm,
             fingerprint=info.fingerprint,
-            verified=self._config.verify,
+            verified=self._verifies,
         )
 
     def _verify(self, key: GraphKey, pipeline: Pipeline, graphs: GraphSet) -> None:
@@ -163,7 +164,9 @@ class CudaGraphBackend(ExecutionBackend):
         compute.run(lambda: replayed.extend(snapshot([*state, *observed])))
         pipeline.synchronize()
         check_written(key, eager[len(state) :])
-        compare(key, eager, replayed)
+        check_record(key, inputs[-1], eager[len(state) - 2], eager[len(state) - 1], program.record)
+        names = [f"state()[{index}]" for index in range(len(state) - 2)] + ["the records", "the counter"]
+        compare(key, [*names, *(f"observed()[{index}]" for index in range(len(observed)))], eager, replayed)
 
 
 class _GraphLauncher(EagerLauncher):

@@ -13,6 +13,8 @@ from graphexec.kernels.attention import paged_attention_op
 
 __all__ = ["EXERCISED_BLOCKS", "SUPPORTED", "Decoder", "PagedAttention", "check_supported", "swap_modules"]
 
+# To add one: its layers must have self_attn.{q,k,v,o}_proj, mlp.{gate,up,down}_proj, input_layernorm and
+# post_attention_layernorm, or `swap_modules` must learn its names. tests/engine/test_transformers_agree.py holds it.
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Architectures whose layers are attention with rotary embedding followed by a gated MLP."""
 

@@ -97,6 +97,8 @@ class Engine:
         """
         if self._closed:
             raise RequestError("The engine is closed.")
+        if params is not None and not isinstance(params, SamplingParams):
+            raise RequestError(f"Sampling parameters are a SamplingParams, not {type(params).__name__}.")
         request = self._intake.submit(prompt, params or SamplingParams(), self._live)
         return request.request_id
 
@@ -182,19 +184,23 @@ class Engine:
             params = [params or SamplingParams()] * len(batch)
         if len(params) != len(batch):
             raise RequestError(f"There are {len(batch)} prompts and {len(params)} sampling parameters.")
+        self._raise_if_failed()
         results: dict[str, RequestOutput] = {}
         ids = [self._add_or_refuse(prompt, each, results) for prompt, each in zip(batch, params, strict=True)]
         wanted = set(ids)
-        while len(results) < len(wanted):
-            outputs = self._advance()
-            for output in outputs:
-                if output.request_id not in wanted:
-                    self._hold([output])
-                elif output.finished:
-                    results[output.request_id] = output
+        try:
+            while len(results) < len(wanted):
+                for output in self._advance():
+                    if output.request_id not in wanted:
+                        self._hold([output])
+                    elif output.finished:
+                        results[output.request_id] = output
+        finally:
+            for request_id in wanted - results.keys():  # interrupted: nobody is left to take what they would produce
+                self.abort(request_id)
         return [results[request_id] for request_id in ids]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestStream:
         """Yields the outputs of one request as they come; closing the iterator early aborts it.
 
         Outputs of other requests that run meanwhile are kept for the next `step`.
@@ -202,21 +208,13 @@ class Engine:
         Raises:
             RequestError: see `add_request`; at the call, not at the first output.
         """
-        return self._stream(self.add_request(prompt, params))
+        return RequestStream(self, self.add_request(prompt, params))
 
-    def _stream(self, request_id: str) -> Iterator[RequestOutput]:
-        finished = False
-        try:
-            while not finished:
-                outputs = self._advance()
-                self._hold([output for output in outputs if output.request_id != request_id])
-                for output in outputs:
-                    if output.request_id == request_id:
-                        finished = output.finished
-                        yield output
-        finally:
-            if not finished:
-                self.abort(request_id)
+    def advance_for(self, request_id: str) -> list[RequestOutput]:
+        """Like `step`, but returns the outputs of one request; those of others are kept for the next `step`."""
+        outputs = self._advance()
+        self._hold([output for output in outputs if output.request_id != request_id])
+        return [output for output in outputs if output.request_id == request_id]
 
     def stats(self) -> EngineStats:
         """Counts since the start; never touches the device."""
@@ -339,3 +337,31 @@ def _freeze_heap() -> bool:
     gc.collect()
     gc.freeze()
     return True
+
+
+class RequestStream(Iterator[RequestOutput]):
+    """The outputs of one request. Closing it, or losing the last reference to it, aborts the request."""
+
+    def __init__(self, engine: Engine, request_id: str) -> None:
+        self.request_id = request_id
+        self._engine = engine
+        self._ready: deque[RequestOutput] = deque()
+        self._finished = False
+
+    def __next__(self) -> RequestOutput:
+        while not self._ready and not self._finished:
+            self._ready.extend(self._engine.advance_for(self.request_id))
+        if not self._ready:
+            raise StopIteration
+        output = self._ready.popleft()
+        self._finished = output.finished
+        return output
+
+    def close(self) -> None:
+        """Aborts the request if it has not finished."""
+        if not self._finished:
+            self._finished = True
+            self._engine.abort(self.request_id)
+
+    def __del__(self) -> None:
+        self.close()

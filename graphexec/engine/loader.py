@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from graphexec.engine.architectures import check_supported, swap_modules
+from graphexec.engine.architectures import swap_modules
 from graphexec.engine.detokenizer import Tokenizer
 from graphexec.errors import ConfigError
 
@@ -43,7 +43,10 @@ def model_folder(name: str) -> Path:
     if (bundled / name / "config.json").is_file():
         return bundled / name
     known = ", ".join(sorted(entry.name for entry in bundled.iterdir() if entry.is_dir()))
-    raise ConfigError(f"There is no folder {name!r}, and no model of that name in the package (it has: {known}).")
+    raise ConfigError(
+        f"There is no folder {name!r}, and no model of that name in the package (it has: {known}). "
+        "Nothing is downloaded: give the folder of a checkpoint."
+    )
 
 
 def load_config(folder: Path) -> Any:
@@ -68,9 +71,8 @@ def load_model(
     """Loads the weights, or draws them for `load_format` "random", and swaps our modules in.
 
     Raises:
-        ConfigError: the model is not supported, or a weight is missing, broken or of another shape.
+        ConfigError: a weight is missing, broken or of another shape.
     """
-    check_supported(config, device)
     with torch.no_grad():
         if load_format == "random":
             model = _random_model(config, device, dtype, seed)

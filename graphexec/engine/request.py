@@ -72,7 +72,8 @@ class RequestOutput:
 
     def __repr__(self) -> str:
         state = self.finish_reason or "running"
-        return f"RequestOutput({self.request_id!r}, {state}, new_token_ids={self.new_token_ids})"
+        error = f", error={self.error!r}" if self.error else ""
+        return f"RequestOutput({self.request_id!r}, {state}, new_token_ids={self.new_token_ids}{error})"
 
     def joined(self, later: RequestOutput) -> RequestOutput:
         """One output in the place of this one and the `later` one of the same request."""

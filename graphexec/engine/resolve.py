@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from graphexec.config import CompileMode, EngineConfig
-from graphexec.engine.architectures import head_dim
+from graphexec.engine.architectures import check_supported, head_dim
 from graphexec.errors import ConfigError
 
 __all__ = ["ResolvedConfig", "kv_block_bytes", "resolve"]
@@ -51,10 +51,11 @@ def resolve(config: EngineConfig, model_config: Any) -> ResolvedConfig:
     """Decides what `config` leaves open, for a model with this transformers configuration.
 
     Raises:
-        ConfigError: a wish cannot be met.
+        ConfigError: the model is not supported, or a wish cannot be met.
     """
     reasons: dict[str, str] = {}
     device = _device(config, reasons)
+    check_supported(model_config, device)
     dtype = _dtype(config, model_config, device, reasons)
     max_model_len = _max_model_len(config, model_config, reasons)
     batched = config.max_num_batched_tokens

@@ -11,12 +11,13 @@ from graphexec.runtime.cpu import CpuRuntime
 __all__ = ["CpuRuntime", "Event", "Graph", "GraphInfo", "Runtime", "Stream", "create_runtime"]
 
 
-def create_runtime(device: torch.device) -> Runtime:
+def create_runtime(device: torch.device | str) -> Runtime:
     """The runtime of `device` ("cpu", "cuda" or "cuda:N").
 
     Raises:
         ConfigError: `device` is a CUDA device and there is none, or it is of another kind.
     """
+    device = torch.device(device)
     if device.type == "cpu":
         return CpuRuntime()
     if device.type != "cuda":

@@ -162,6 +162,14 @@ def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) ->
         open_engine(folder)
 
 
+def test_a_real_checkpoint_of_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel.*is not supported. Supported: LlamaForCausalLM"):
+        open_engine(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("values", "feature"),
     [

@@ -43,6 +43,7 @@ def test_one_bad_prompt_costs_the_others_nothing_and_the_exit_code_says_so() -> 
         (["generate", "x", "--top-p", "0"], "top_p=0.0"),
         (["generate", "x", "--model", "/nowhere"], "There is no folder"),
         (["generate", "x", "--config", "/nowhere.toml"], "Cannot read /nowhere.toml"),
+        (["warmup", "--manifest", "/nowhere/manifest.json"], "Cannot write the manifest"),
     ],
 )
 def test_bad_input_exits_with_two(arguments: list[str], message: str) -> None:
@@ -63,7 +64,7 @@ def test_an_unknown_key_of_a_toml_file_names_the_nearest(tmp_path: Path) -> None
 def test_warmup_captures_the_ladder_and_writes_the_manifest(tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.json"
     config = tmp_path / "engine.toml"
-    config.write_text("max_num_seqs = 3\nmax_model_len = 64\n[backend]\ncapture_sizes = [1, 3]\n")
+    config.write_text("max_num_seqs = 3\nmax_model_len = 64\n[backend]\ncapture_sizes = [1, 3]\nverify = true\n")
     done = run("warmup", "--config", str(config), "--device", "cpu", "--manifest", str(manifest))
     assert done.returncode == 0, done.stderr
     written = json.loads(manifest.read_text())
@@ -73,6 +74,17 @@ def test_warmup_captures_the_ladder_and_writes_the_manifest(tmp_path: Path) -> N
     assert all(graph["verified"] for graph in written["graphs"])
     assert written["missing"] == {}
     assert "6 graphs on cpu" in done.stderr
+
+
+def test_capture_sizes_of_a_file_set_the_slots_of_generate(tmp_path: Path) -> None:
+    config = tmp_path / "engine.toml"
+    config.write_text("max_model_len = 64\n[backend]\ncapture_sizes = [1, 8]\n")
+    done = run("generate", "x", "--config", str(config), "--device", "cpu", "--max-tokens", "2")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_version_is_printed() -> None:
+    assert run("--version").returncode == 0
 
 
 def test_env_prints_the_resolved_configuration() -> None:

@@ -86,6 +86,36 @@ def test_a_stream_that_is_closed_early_aborts_its_request(engine: Engine) -> Non
     assert [output.finish_reason for output in finish(engine).values()] == ["abort"]
 
 
+def test_a_stream_that_is_closed_before_its_first_output_aborts_its_request(engine: Engine) -> None:
+    engine.stream([5], GREEDY).close()
+    assert [output.finish_reason for output in finish(engine).values()] == ["abort"]
+
+
+def test_a_stream_refuses_a_bad_prompt_at_once(engine: Engine) -> None:
+    with pytest.raises(RequestError, match="empty"):
+        engine.stream([])
+
+
+def test_an_interrupted_generate_leaves_no_request_behind(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(100))
+    real = engine._advance
+
+    def interrupted() -> list[RequestOutput]:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return real()
+
+    monkeypatch.setattr(engine, "_advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[5], [6]], SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
+    assert {output.finish_reason for output in finish(engine).values()} == {"abort"}
+
+
+def test_parameters_of_another_kind_are_refused(engine: Engine) -> None:
+    with pytest.raises(RequestError, match="SamplingParams, not dict"):
+        engine.add_request([5], {"max_tokens": 2})
+
+
 def test_an_abort_drops_what_the_steps_in_flight_produce(engine: Engine) -> None:
     request_id = engine.add_request([5], GREEDY)
     other = engine.add_request([6], GREEDY)

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from examples.collatz import Collatz
 from graphexec.backends import BackendStats, ExecutionBackend, create_backend
 from graphexec.config import BackendConfig
 from graphexec.errors import CaptureError, ConfigError, DeviceError, GraphexecError, StepTimeout
 from graphexec.plan import GraphKey, StepPlan, StepResult
 from graphexec.rings import RING_SLOTS
+from graphexec.runtime import CpuRuntime
 from graphexec.slots import SlotDeltas
 from tests.support.instant_program import (
     DECODE,
@@ -65,7 +67,7 @@ def make() -> Iterator[Make]:
     def make(name: str = "cudagraph", runtime: WatchedRuntime | None = None, **settings: object) -> Bench:
         runtime = runtime or WatchedRuntime()
         program = InstantProgram(small_limits(), runtime)
-        backend = create_backend(BackendConfig(name=name, **settings), runtime)
+        backend = create_backend(BackendConfig(**({"name": name, "verify": True} | settings)), runtime)
         backend.prepare(program)
         benches.append(Bench(backend, program, runtime))
         return benches[-1]
@@ -228,6 +230,51 @@ def test_verification_catches_an_output_that_nobody_writes(make: Make) -> None:
     bench.program.writes_output = lambda: False
     with pytest.raises(CaptureError, match="output 0 .* unwritten"):
         bench.backend.warmup()
+
+
+class _BreaksTheContract(Collatz):
+    """Does what `fault` says wrong, in every step alike: eager and graph agree."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(torch.device("cpu"))
+        self.fault = fault
+
+    def step(self, key: GraphKey) -> None:
+        row = int(self.io.counter) % len(self.io.ring)
+        before = self.io.ring[row].clone()
+        super().step(key)
+        if self.fault == "never counts":
+            self.io.counter.sub_(1)
+        if self.fault == "writes no record":
+            self.io.ring[row] = before
+        if self.fault == "wrong number":
+            self.io.ring[row, 0] += 5
+        if self.fault == "wrong real_bsz":
+            self.io.ring[row, 1] += 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("never counts", "add one to the counter"),
+        ("writes no record", "write its record"),
+        ("wrong number", "word 0 of its record"),
+        ("wrong real_bsz", "real_bsz"),
+    ],
+)
+def test_verification_catches_a_program_that_breaks_the_contract_of_records(fault: str, message: str) -> None:
+    backend = create_backend(BackendConfig(verify=True), CpuRuntime())
+    backend.prepare(_BreaksTheContract(fault))
+    with pytest.raises(CaptureError, match=f"breaks the contract of a step.*{message}"):
+        backend.warmup()
+    backend.close()
+
+
+def test_a_variant_that_the_program_does_not_have_is_refused(make: Make) -> None:
+    bench = make()
+    with pytest.raises(ConfigError, match="no variant 'wlak'. Known: plain, doubled"):
+        bench.backend.submit(StepPlan("wlak"))
+    assert tokens_of(bench.admit({0: 10})) == {0: 11}
 
 
 def test_a_failed_verification_leaves_the_process_usable(make: Make) -> None:

@@ -161,7 +161,7 @@ def test_what_was_garbage_before_a_capture_is_collected_before_it() -> None:
 
 def test_equal_results_pass_and_broken_numbers_equal_themselves() -> None:
     values = [torch.tensor([1.0, float("nan")]), torch.tensor([3, 4])]
-    compare(LARGE, values, snapshot(values))
+    compare(LARGE, ["a", "b"], values, snapshot(values))
 
 
 @pytest.mark.parametrize(
@@ -169,13 +169,13 @@ def test_equal_results_pass_and_broken_numbers_equal_themselves() -> None:
 )
 def test_a_difference_names_the_key_and_the_output(wrong: torch.Tensor) -> None:
     same = torch.tensor([7])
-    with pytest.raises(CaptureError, match="bucket 8.*1 of 2 elements of output 1"):
-        compare(LARGE, [same, torch.tensor([1.0, 2.0])], [same, wrong])
+    with pytest.raises(CaptureError, match="bucket 8.*1 of 2 elements of logits"):
+        compare(LARGE, ["tokens", "logits"], [same, torch.tensor([1.0, 2.0])], [same, wrong])
 
 
 def test_an_output_that_is_missing_is_a_difference() -> None:
     with pytest.raises(ValueError, match="zip"):
-        compare(LARGE, [torch.zeros(1)], [])
+        compare(LARGE, ["tokens"], [torch.zeros(1)], [])
 
 
 def test_poison_equals_no_output_of_a_step() -> None:
