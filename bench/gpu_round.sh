@@ -34,10 +34,10 @@ part() {
     return
   fi
   echo "== $name (at most $seconds s): $*"
-  timeout --kill-after=10 "$seconds" "$@"
+  timeout --signal=INT --kill-after=20 "$seconds" "$@"  # INT: pytest still writes what it has
   code=$?
   echo "== $name: exit code $code after $SECONDS s of the round"
-  if ((code == 124)) && [[ -n ${may_run_out:-} ]]; then
+  if ((code == 124 || code == 137)) && [[ -n ${may_run_out:-} ]]; then
     echo "== $name: the time ran out; no failure until then"
   elif ((code != 0)); then
     failed+=("$name ($code)")
@@ -57,11 +57,13 @@ install() {
     echo "== not installed; it runs from its folder"
     export PYTHONPATH="$PWD:$PYTHONPATH"
   fi
+  python3 -c "import bench.load, tests.support.checkpoints, examples.collatz" || failed+=("imports")
   python3 -c "import sys, torch; print(sys.version.split()[0], torch.__version__, torch.cuda.is_available())"
 }
 
 tests() {
-  part "tests" 400 python3 -m pytest tests/gpu -q -rfEs --durations=10 --junitxml="$OUT/tests.xml"
+  # The files that nothing else can show come first.
+  part "tests" 400 python3 -m pytest tests/gpu/test_cuda_runtime.py tests/gpu/test_engine.py tests/gpu -q -rfEs --durations=10 --junitxml="$OUT/tests.xml"
   if (($(left) < 45)); then
     echo "== memcheck: no time left"
   elif ! command -v compute-sanitizer >/dev/null; then
@@ -80,7 +82,7 @@ tests() {
 bench() {
   part "host" 70 python3 -m pytest bench/test_host.py -q --benchmark-json="$OUT/host.json" \
     --benchmark-columns=median,mean,max,rounds
-  part "decode" 240 python3 -m bench.decode --shape qwen3-0.6b --batch 1,64,256 --depth 1,0,2 --minutes 3.3 \
+  part "decode" 240 python3 -m bench.decode --shape qwen3-0.6b --batch 1,64,256 --depth 1,0,2 --minutes 3.0 \
     --json "$OUT/decode-qwen3-0.6b.json"
   part "gpu" 130 python3 -m pytest bench/test_gpu.py -q -rs --benchmark-json="$OUT/gpu.json" \
     --benchmark-columns=median,mean,max,rounds

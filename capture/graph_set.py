@@ -15,15 +15,19 @@ __all__ = ["GraphSet", "frozen_garbage_collection"]
 
 @contextmanager
 def frozen_garbage_collection() -> Iterator[None]:
-    """Keeps the collector from freeing device memory, modules or streams in the middle of a capture."""
-    was_enabled = gc.isenabled()
+    """Keeps the collector from freeing device memory, modules or streams in the middle of a capture.
+
+    A heap that its owner has frozen already stays frozen.
+    """
+    was_enabled, was_frozen = gc.isenabled(), gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not was_frozen:
+            gc.unfreeze()
         if was_enabled:
             gc.enable()
 

@@ -175,7 +175,7 @@ def env(model: Model = None, config: Config = None) -> None:
     ladders = {
         "capture_sizes": engine_config.backend.capture_sizes or default_ladder(engine_config.max_num_seqs),
         "prefill_sizes": engine_config.backend.prefill_sizes or row_ladder(max_rows),
-        "verify": engine_config.backend.verify or resolved.device.type == "cuda",
+        "verify": resolved.device.type == "cuda" if (asked := engine_config.backend.verify) is None else asked,
     }
     table = Table("setting", "value", "why", title="Configuration")
     for name in EngineConfig.model_fields:

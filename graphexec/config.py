@@ -147,7 +147,8 @@ class EngineConfig(_Config):
         largest = max(self.backend.capture_sizes or (1,))
         if largest > self.max_num_seqs:
             raise ValueError(f"backend.capture_sizes has {largest}, above max_num_seqs={self.max_num_seqs}.")
-        if self.backend.strict and self.backend.capture_sizes and largest < self.max_num_seqs:
+        refuses = self.backend.strict and not self.backend.lazy_capture
+        if refuses and self.backend.capture_sizes and largest < self.max_num_seqs:
             raise ValueError(
                 f"backend.strict refuses batches without a graph, and backend.capture_sizes ends at {largest}, below "
                 f"max_num_seqs={self.max_num_seqs}. Add that size, or set strict=false."

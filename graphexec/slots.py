@@ -198,6 +198,7 @@ class SlotState:
         if usable < slots:  # slots that share a block write at different offsets of it, and those left over nowhere
             seq_lens = torch.arange(slots, dtype=torch.int32) // usable
             held[seq_lens >= limits.block_size] = 0
+            seq_lens.clamp_(max=limits.max_tokens - 2)
         query_lens = torch.ones(slots, dtype=torch.int32)
         surplus = rows - slots
         for slot in range(slots):

@@ -19,6 +19,8 @@ __all__ = ["measure_num_blocks", "minimal_num_blocks"]
 
 _log = logging.getLogger(__name__)
 
+_LESS = "Lower max_model_len, max_num_seqs or max_num_batched_tokens."
+
 
 def minimal_num_blocks(limits: SlotLimits) -> int:
     """Blocks, the reserved one included, with which the largest step can be tried."""
@@ -42,12 +44,15 @@ def measure_num_blocks(
         ConfigError: not even one sequence of full length fits.
     """
     sizes = bucket_sizes(backend, limits.max_slots).sizes
-    trial = backend.model_copy(update={"capture_sizes": sizes[-2:], "verify": False, "strict": True})
+    trial = backend.model_copy(update={"capture_sizes": sizes[-2:], "verify": False, "strict": False})
     probe = create_backend(trial, runtime)
     with runtime.activated():
         try:
             probe.prepare(program)
-            costs = [graph.pool_bytes for graph in probe.warmup().graphs]
+            manifest = probe.warmup()
+            if manifest.missing:
+                raise ConfigError(f"There is no memory to capture the {next(iter(manifest.missing))}. {_LESS}")
+            costs = [graph.pool_bytes for graph in manifest.graphs]
             torch.cuda.reset_peak_memory_stats(runtime.device)
             resident = torch.cuda.memory_allocated(runtime.device)
             probe.submit(_largest_step(limits)).result()
@@ -71,7 +76,7 @@ def measure_num_blocks(
     if blocks - 1 < limits.max_blocks:
         raise ConfigError(
             f"The KV cache would have {max(blocks - 1, 0)} blocks, less than the {limits.max_blocks} of one sequence. "
-            "Lower max_model_len, max_num_seqs or max_num_batched_tokens."
+            + _LESS
         )
     return blocks
 

@@ -68,10 +68,12 @@ class Engine:
         self._live: dict[str, Request] = {}
         self._in_flight: deque[_InFlight] = deque()
         self._undelivered: dict[str, RequestOutput] = {}
+        self._abandoned: set[str] = set()
         self._stepping = threading.Lock()
         self._submitted = 0
         self._collected = -1
         self._after_mixed = False
+        self._committing = False  # host and device have been told different things; no time for an interrupt
         self._host_s = 0.0
         self._failure: GraphexecError | None = None
         self._closed = False
@@ -97,6 +99,8 @@ class Engine:
         """
         if self._closed:
             raise RequestError("The engine is closed.")
+        if self._failure is not None:
+            raise RequestError(f"The engine has failed: {self._failure}")
         if params is not None and not isinstance(params, SamplingParams):
             raise RequestError(f"Sampling parameters are a SamplingParams, not {type(params).__name__}.")
         request = self._intake.submit(prompt, params or SamplingParams(), self._live)
@@ -143,6 +147,7 @@ class Engine:
             started, waited = time.perf_counter(), self._backend.wait_us
             outputs: list[RequestOutput] = []
             try:
+                self._committing = True
                 self._step(outputs)
             except StepTimeout:
                 self._hold(outputs)
@@ -151,7 +156,16 @@ class Engine:
                 self._hold(outputs)
                 self._failure = self._explain(failure)
                 raise self._failure from failure
+            except BaseException:  # an interrupt, which is harmless only while waiting for the device
+                self._hold(outputs)
+                if self._committing:
+                    self._failure = GraphexecError(
+                        "The engine was interrupted in the middle of a step, and host and device no longer agree. "
+                        "Create a new one."
+                    )
+                raise
             finally:
+                self._committing = False
                 self._host_s += time.perf_counter() - started - (self._backend.wait_us - waited) / 1e6
             return outputs
 
@@ -161,7 +175,11 @@ class Engine:
         self._drain_if_needed(outputs)
         scheduled = self._scheduler.schedule(self._submitted, self._collected)
         if scheduled is not None:
-            self._in_flight.append(_InFlight(self._backend.submit(scheduled.plan), scheduled))
+            try:
+                handle = self._backend.submit(scheduled.plan)
+            except StepTimeout as late:  # a wait within submit, e.g. of a lazy capture: the plan cannot be made again
+                raise DeviceError(f"A step could not be submitted: {late}") from late
+            self._in_flight.append(_InFlight(handle, scheduled))
             self._submitted += 1
             self._after_mixed = scheduled.is_mixed
         # Nothing to run: flush the last steps at once.
@@ -196,8 +214,8 @@ class Engine:
                     elif output.finished:
                         results[output.request_id] = output
         finally:
-            for request_id in wanted - results.keys():  # interrupted: nobody is left to take what they would produce
-                self.abort(request_id)
+            for request_id in wanted - results.keys():
+                self.abandon(request_id)
         return [results[request_id] for request_id in ids]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestStream:
@@ -210,11 +228,25 @@ class Engine:
         """
         return RequestStream(self, self.add_request(prompt, params))
 
-    def advance_for(self, request_id: str) -> list[RequestOutput]:
-        """Like `step`, but returns the outputs of one request; those of others are kept for the next `step`."""
+    def advance_for(self, request_id: str) -> list[RequestOutput] | None:
+        """Like `step`, but returns the outputs of one request; those of others are kept for the next `step`.
+
+        None when the request has ended and its outputs were taken.
+        """
+        held = self._undelivered.pop(request_id, None)
+        if held is not None:
+            return [held]
+        if request_id not in self._live:
+            return None
         outputs = self._advance()
         self._hold([output for output in outputs if output.request_id != request_id])
         return [output for output in outputs if output.request_id == request_id]
+
+    def abandon(self, request_id: str) -> None:
+        """Aborts a request whose outputs nobody will take any more."""
+        self._abandoned.add(request_id)
+        self._undelivered.pop(request_id, None)
+        self._intake.abort(request_id)
 
     def stats(self) -> EngineStats:
         """Counts since the start; never touches the device."""
@@ -258,7 +290,9 @@ class Engine:
                 self._scheduler.abort(aborted)
                 aborted.finish("abort")
                 end = len(aborted.output_token_ids)
-                outputs.append(RequestOutput(aborted, end, end, True))
+                if request_id not in self._abandoned:
+                    outputs.append(RequestOutput(aborted, end, end, True))
+            self._abandoned.discard(request_id)
 
     def _drain_if_needed(self, outputs: list[RequestOutput]) -> None:
         """Collects everything in flight where the next step must not overlap, or needs a preemption."""
@@ -274,7 +308,9 @@ class Engine:
     def _collect(self, outputs: list[RequestOutput]) -> None:
         """Takes the oldest step in flight. Its tokens belong to the owners that its slots had when it was submitted."""
         handle, scheduled = self._in_flight[0]
+        self._committing = False
         result = handle.result()
+        self._committing = True
         self._in_flight.popleft()
         self._collected = handle.step
         self._scheduler.missed(scheduled, result)
@@ -350,7 +386,9 @@ class RequestStream(Iterator[RequestOutput]):
 
     def __next__(self) -> RequestOutput:
         while not self._ready and not self._finished:
-            self._ready.extend(self._engine.advance_for(self.request_id))
+            outputs = self._engine.advance_for(self.request_id)
+            self._finished = outputs is None
+            self._ready.extend(outputs or ())
         if not self._ready:
             raise StopIteration
         output = self._ready.popleft()
@@ -361,7 +399,7 @@ class RequestStream(Iterator[RequestOutput]):
         """Aborts the request if it has not finished."""
         if not self._finished:
             self._finished = True
-            self._engine.abort(self.request_id)
+            self._engine.abandon(self.request_id)
 
     def __del__(self) -> None:
         self.close()

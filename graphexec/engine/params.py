@@ -68,7 +68,7 @@ class SamplingParams:
             return
         try:
             object.__setattr__(self, name, convert(value))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             _require(False, name, value, meaning)
 
 

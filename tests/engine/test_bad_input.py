@@ -104,6 +104,7 @@ def test_parameters_for_another_number_of_prompts_are_refused(engine: Engine) ->
         ("seed", "one"),
         ("seed", 1.5),
         ("temperature", "hot"),
+        ("temperature", 10**400),
         ("stop_token_ids", (1.5,)),
         ("stop_token_ids", 7),
     ],

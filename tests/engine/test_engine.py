@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from graphexec import BackendConfig, DeviceError, Engine, EngineConfig, RequestError, RequestOutput, SamplingParams
+from graphexec import (
+    BackendConfig,
+    DeviceError,
+    Engine,
+    EngineConfig,
+    GraphexecError,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+)
 from tests.support.checkpoints import make_checkpoint
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -83,12 +92,16 @@ def test_a_stream_that_is_closed_early_aborts_its_request(engine: Engine) -> Non
     stream = engine.stream([5], SamplingParams(max_tokens=50, temperature=0, ignore_eos=True))
     next(stream)
     stream.close()
-    assert [output.finish_reason for output in finish(engine).values()] == ["abort"]
+    assert finish(engine) == {}
+    assert engine.stats().steps < 10
+    with pytest.raises(StopIteration):
+        next(stream)
 
 
 def test_a_stream_that_is_closed_before_its_first_output_aborts_its_request(engine: Engine) -> None:
-    engine.stream([5], GREEDY).close()
-    assert [output.finish_reason for output in finish(engine).values()] == ["abort"]
+    engine.stream([5], SamplingParams(max_tokens=50, temperature=0, ignore_eos=True)).close()
+    assert finish(engine) == {}
+    assert engine.stats().steps < 5
 
 
 def test_a_stream_refuses_a_bad_prompt_at_once(engine: Engine) -> None:
@@ -108,7 +121,63 @@ def test_an_interrupted_generate_leaves_no_request_behind(engine: Engine, monkey
     monkeypatch.setattr(engine, "_advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.generate([[5], [6]], SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
-    assert {output.finish_reason for output in finish(engine).values()} == {"abort"}
+    assert finish(engine) == {}
+    assert engine.stats().steps < 10
+    assert [len(output.token_ids) for output in engine.generate([[5], [6]], GREEDY)] == [8, 8]
+
+
+def test_streams_side_by_side_and_one_after_the_other_get_all_their_tokens(engine: Engine) -> None:
+    prompts = [[5], [6, 7], [8]]
+    expected = [output.token_ids for output in engine.generate(prompts, GREEDY)]
+    first, second, third = (engine.stream(prompt, GREEDY) for prompt in prompts)
+    assert [token for output in first for token in output.new_token_ids] == expected[0]
+    assert [token for output in second for token in output.new_token_ids] == expected[1]
+    while engine.has_unfinished():  # somebody else takes the outputs of the third
+        engine.step()
+    assert list(third) == []
+    together: list[list[int]] = [[], []]
+    for outputs in zip(engine.stream(prompts[0], GREEDY), engine.stream(prompts[1], GREEDY), strict=False):
+        for tokens, output in zip(together, outputs, strict=True):
+            tokens += output.new_token_ids
+    assert together[0] == expected[0][: len(together[0])]
+    assert len(together[1]) >= 1
+
+
+def test_generate_within_a_stream_takes_nothing_from_it(engine: Engine) -> None:
+    expected = engine.generate([[5]], GREEDY)[0].token_ids
+    tokens: list[int] = []
+    for output in engine.stream([5], GREEDY):
+        tokens += output.new_token_ids
+        assert len(engine.generate([[6]], GREEDY)[0].token_ids) == 8
+    assert tokens == expected
+
+
+def test_an_interrupt_in_the_middle_of_a_step_ends_the_engine_and_one_while_waiting_does_not(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = engine.generate([[5]], GREEDY)[0].token_ids
+    request_id = engine.add_request([5], GREEDY)
+    engine.step()
+    waiting = engine._in_flight[0].handle
+    real = type(waiting).result
+    with monkeypatch.context() as patch:
+        patch.setattr(type(waiting), "result", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert type(waiting).result is real
+    assert finish(engine)[request_id].token_ids == expected
+    engine.add_request([5], GREEDY)
+    monkeypatch.setattr(engine._scheduler, "schedule", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    with pytest.raises(GraphexecError, match="interrupted in the middle of a step"):
+        engine.step()
+    with pytest.raises(RequestError, match="has failed"):
+        engine.add_request([5])
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_parameters_of_another_kind_are_refused(engine: Engine) -> None:

@@ -106,6 +106,8 @@ def test_a_copy_waits_for_its_fence_and_not_for_later_work(runtime: Runtime, str
     copies = runtime.stream("copy")
     done, copied = runtime.event(), runtime.event()
     source, target = numbers().int(), runtime.pinned((1024,), torch.int32)
+    source.add_(0)  # loads what the timed part launches: loading may wait for the device
+    torch.cuda._sleep(1)
     torch.cuda.synchronize()
     stream.run(lambda: torch.cuda._sleep(20_000_000))  # about ten milliseconds
     stream.run(lambda: source.add_(7))

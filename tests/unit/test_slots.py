@@ -171,6 +171,13 @@ def test_slots_beyond_the_room_of_a_tiny_cache_write_nowhere() -> None:
     assert len(places[writers].unique()) == 16
 
 
+@pytest.mark.parametrize(("max_tokens", "blocks", "slots"), [(16, 4, 256), (32, 4, 256), (32, 2, 128)])
+def test_many_slots_over_a_tiny_cache_stay_within_their_sequences(max_tokens: int, blocks: int, slots: int) -> None:
+    state = SlotState(SlotLimits(slots, max_tokens, 512, 16, 1), torch.device("cpu"))
+    state.exercise(slots, slots, blocks, 50, torch.Generator().manual_seed(0))
+    assert state.slots.num_tokens.max() < max_tokens
+
+
 @given(slots=st.integers(1, 4), num_blocks=st.integers(2, 40), seed=st.integers(0, 99))
 def test_exercised_slots_never_write_to_the_same_place(slots: int, num_blocks: int, seed: int) -> None:
     """FastDeploy 7094: dummy inputs that stop by chance, or write into the reserved block or each other's."""
