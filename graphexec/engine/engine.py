@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -23,6 +23,7 @@ from graphexec.engine.params import SamplingParams
 from graphexec.engine.request import Request, RequestOutput
 from graphexec.engine.scheduler import ScheduledStep, Scheduler
 from graphexec.engine.stats import EngineStats
+from graphexec.engine.stream import RequestStream
 from graphexec.errors import DeviceError, GraphexecError, RequestError, StepTimeout
 from graphexec.plan import FinishCode, StepHandle
 
@@ -373,33 +374,3 @@ def _freeze_heap() -> bool:
     gc.collect()
     gc.freeze()
     return True
-
-
-class RequestStream(Iterator[RequestOutput]):
-    """The outputs of one request. Closing it, or losing the last reference to it, aborts the request."""
-
-    def __init__(self, engine: Engine, request_id: str) -> None:
-        self.request_id = request_id
-        self._engine = engine
-        self._ready: deque[RequestOutput] = deque()
-        self._finished = False
-
-    def __next__(self) -> RequestOutput:
-        while not self._ready and not self._finished:
-            outputs = self._engine.advance_for(self.request_id)
-            self._finished = outputs is None
-            self._ready.extend(outputs or ())
-        if not self._ready:
-            raise StopIteration
-        output = self._ready.popleft()
-        self._finished = output.finished
-        return output
-
-    def close(self) -> None:
-        """Aborts the request if it has not finished."""
-        if not self._finished:
-            self._finished = True
-            self._engine.abandon(self.request_id)
-
-    def __del__(self) -> None:
-        self.close()
