@@ -120,7 +120,7 @@ class _Run:
         self._is_cuda = resolved.device.type == "cuda"
         self.results |= provenance(command, resolved.device) | {
             "shape": plan.shape.name,
-            "plan": asdict(replace(plan, shape=plan.shape.name)) | {"prompt_tokens": plan.prompt},  # type: ignore[arg-type]
+            "plan": asdict(replace(plan, shape=plan.shape.name)) | {"prompt_tokens": plan.prompt},  # type: ignore[arg-type]  # a name for JSON
             "engine": self._config.model_dump(mode="json", exclude={"backend", "model"})
             | {"compile": resolved.compile, "dtype": str(resolved.dtype)},
             "method": METHOD,

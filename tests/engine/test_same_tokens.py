@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 
 from graphexec import BackendConfig, Engine, EngineConfig, SamplingParams
+from graphexec.engine.request import Request
 from tests.support.checkpoints import make_checkpoint
 from tests.support.traffic import Arrival, Outcome, replay, traffic
 
@@ -139,6 +140,30 @@ def test_a_preempted_request_continues_where_it_was(checkpoint: Path, alone: Eng
     for arrival, outcome in zip(arrivals, outcomes, strict=True):
         (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
         assert_same(outcome, expected, was_aborted=False)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_f6_a_request_is_preempted_only_when_no_step_that_ran_it_is_in_flight(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    """Its newest tokens would not be known. The admission rule happens to hide that for now; the fence must not."""
+    in_flight: list[int] = []
+    arrivals = [
+        Arrival(index, tuple(range(2, 22)), SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
+        for index in range(6)
+    ]
+    with make_engine(checkpoint, "cudagraph", depth, 20) as engine:
+        evict = engine._scheduler._evict
+
+        def watched_evict(request: Request) -> None:
+            steps = [step for step in engine._in_flight if request in step.scheduled.owners]
+            in_flight.append(len(steps))
+            evict(request)
+
+        monkeypatch.setattr(engine._scheduler, "_evict", watched_evict)
+        replay(engine, arrivals)
+    assert in_flight, "the cache is too small for the load, so some request was preempted"
+    assert set(in_flight) == {0}
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 4])

@@ -126,7 +126,7 @@ def test_bubbles_lie_between_the_last_kernel_of_a_step_and_the_first_of_the_next
     spans = [span for begin in begins for span in traced_step(begin, copies=True)]
     gaps = step_gaps(reversed(spans), skip=3)
     assert gaps == StepGaps(bubble_us=(9.0, 9.0, 4.0), busy=pytest.approx(240 / 265), step_us=90.0, kernels=3)
-    assert gaps.as_dict()["bubble_us"]["p50"] == 9.0  # type: ignore[index]
+    assert gaps.as_dict()["bubble_us"]["p50"] == 9.0  # type: ignore[index]  # JSON values
 
 
 def test_a_kernel_that_overlaps_the_last_one_of_its_step_belongs_to_the_step() -> None:

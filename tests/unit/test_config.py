@@ -65,7 +65,7 @@ def test_the_backend_by_itself_explains_its_mistakes_too() -> None:
 def test_a_configuration_cannot_be_changed_afterwards() -> None:
     config = EngineConfig()
     with pytest.raises(ValueError, match="frozen"):
-        config.max_num_seqs = 3  # type: ignore[misc]
+        config.max_num_seqs = 3  # type: ignore[misc]  # frozen, which is the point
 
 
 def test_every_setting_is_documented() -> None:
