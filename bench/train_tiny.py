@@ -200,8 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
     parser.add_argument("--smoke", action="store_true", help="a few files, steps and samples: does it run at all")
-    tunable = ["seed", "steps", "epochs", "rows", "learning_rate", "weight_decay", "dropout"]
-    tunable += ["plain_share", "test_share", "renamed_share"]
+    tunable = ["seed", "steps", "epochs", "rows", "window", "hidden", "layers", "intermediate", "warm_up_steps"]
+    tunable += ["learning_rate", "weight_decay", "dropout", "plain_share", "test_share", "renamed_share"]
     for name in tunable:
         kind = type(getattr(Settings(), name))
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"default: {getattr(Settings(), name)}")

@@ -98,6 +98,26 @@ def add_dropout(model: Qwen3ForCausalLM, probability: float) -> list[torch.utils
     return [module.register_forward_hook(drop) for module in modules] if probability else []
 
 
+def build_optimizers(model: Qwen3ForCausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan and others, 2024) for the matrices inside the blocks, AdamW for the rest, with one learning rate."""
+    blocks = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2]
+    norms = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    embedding = list(model.model.embed_tokens.parameters())
+    return [
+        torch.optim.Muon(
+            blocks,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            adjust_lr_fn="match_rms_adamw",  # so that both optimizers take steps of one size
+        ),
+        torch.optim.AdamW(
+            [{"params": embedding, "weight_decay": settings.weight_decay}, {"params": norms, "weight_decay": 0.0}],
+            lr=settings.learning_rate,
+            betas=(0.9, 0.95),
+        ),
+    ]
+
+
 def token_losses(model: Qwen3ForCausalLM, rows: Rows) -> Tensor:
     """Loss of each target in nats, float32 [num_rows, window]; 0 where there is none."""
     logits = model(
@@ -119,7 +139,7 @@ def held_out_loss(model: Qwen3ForCausalLM, rows: Rows, rows_per_batch: int, devi
     total, count = 0.0, 0
     for index in torch.arange(len(rows.tokens), device=device).split(rows_per_batch):
         batch = rows.at(index)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16):
             total += token_losses(model, batch).sum().item()
         count += int((batch.targets != IGNORED).sum())
     model.train()
@@ -160,26 +180,22 @@ def train(
     torch.set_float32_matmul_precision("high")
     model = build_model(settings, vocabulary, end).to(device).train()
     hooks = add_dropout(model, settings.dropout)
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-        betas=(0.9, 0.95),
-        fused=device.type == "cuda",
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, settings))
+    optimizers = build_optimizers(model, settings)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, settings))
+        for optimizer in optimizers
+    ]
     batches = endless_batches(encoded, shares, settings.rows, settings.window, end, settings.seed, device)
     scored_rows = pack(held_out, settings.window, end).to(device)
 
     def mean_loss(rows: Rows) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16):
             return token_losses(model, rows).sum() / (rows.targets != IGNORED).sum()
 
     started = time.perf_counter()
     trial = next(batches)  # drawn either way, so that the steps see the same data compiled or not
     loss_function = _compiled(mean_loss, trial) if compile_steps else None
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     compiled = loss_function is not None
     step_loss: LossFunction = loss_function or mean_loss
     print(f"compiled: {compiled}, after {time.perf_counter() - started:.0f} s", flush=True)
@@ -193,9 +209,9 @@ def train(
         loss = step_loss(rows)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        for follower in (*optimizers, *schedules):
+            follower.step()
+        model.zero_grad(set_to_none=True)
         running, since = running + loss.detach(), since + 1
         tokens_read += rows.tokens.numel()
         stopped = time.perf_counter() - started > 60 * minutes
