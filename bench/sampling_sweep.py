@@ -24,15 +24,19 @@ REPEATS = 30
 COPIES_BYTES = 200 * 2**20
 """Logits in rotation: four times the 50 MiB of cache."""
 
-WORKLOADS: dict[str, tuple[SamplerVariant, float, int, float]] = {
-    # name: variant, temperature, top_k, top_p
-    "greedy": (SamplerVariant.GREEDY, 0.0, 0, 1.0),
-    "sampled, all rows greedy": (SamplerVariant.SAMPLED, 0.0, 0, 1.0),
-    "sampled, no filter": (SamplerVariant.SAMPLED, 0.8, 0, 1.0),
-    "sampled, top-k 20": (SamplerVariant.SAMPLED, 0.8, 20, 1.0),
-    "sampled, top-p 0.95": (SamplerVariant.SAMPLED, 0.8, 0, 0.95),
-    "sampled, top-k 20, top-p 0.95": (SamplerVariant.SAMPLED, 0.8, 20, 0.95),
-    "logprobs, no filter": (SamplerVariant.LOGPROBS, 0.8, 0, 1.0),
+MAX_TOKENS = 4096
+WORKLOADS: dict[str, tuple[SamplerVariant, float, int, float, int]] = {
+    # name: variant, temperature, top_k, top_p, tokens that a repetition penalty looks at
+    "greedy": (SamplerVariant.GREEDY, 0.0, 0, 1.0, 0),
+    "sampled": (SamplerVariant.SAMPLED, 0.8, 0, 1.0, 0),
+    "shaped, all rows greedy": (SamplerVariant.SHAPED, 0.0, 0, 1.0, 0),
+    "shaped, no filter": (SamplerVariant.SHAPED, 0.8, 0, 1.0, 0),
+    "shaped, top-k 20": (SamplerVariant.SHAPED, 0.8, 20, 1.0, 0),
+    "shaped, top-p 0.95": (SamplerVariant.SHAPED, 0.8, 0, 0.95, 0),
+    "shaped, top-k 20, top-p 0.95": (SamplerVariant.SHAPED, 0.8, 20, 0.95, 0),
+    "shaped, penalty over 300 tokens": (SamplerVariant.SHAPED, 0.8, 0, 1.0, 300),
+    "shaped, penalty over 4,000 tokens": (SamplerVariant.SHAPED, 0.8, 0, 1.0, 4000),
+    "logprobs, no filter": (SamplerVariant.LOGPROBS, 0.8, 0, 1.0, 0),
 }
 
 
@@ -46,7 +50,7 @@ class Timing:
     lowest_us: float
 
 
-def make_state(batch: int, temperature: float, top_k: int, top_p: float) -> SamplingState:
+def make_state(batch: int, temperature: float, top_k: int, top_p: float, penalized: int) -> SamplingState:
     """The same parameters for every slot, seeds apart."""
 
     def full(value: float, dtype: torch.dtype) -> torch.Tensor:
@@ -57,7 +61,15 @@ def make_state(batch: int, temperature: float, top_k: int, top_p: float) -> Samp
         top_k=full(top_k, torch.int32),
         top_p=full(top_p, torch.float32),
         seed=torch.arange(batch, device="cuda"),
-        num_tokens=full(100, torch.int32),
+        log_min_p=full(float("-inf"), torch.float32),
+        repetition_penalty=full(1.1 if penalized else 1.0, torch.float32),
+        presence_penalty=full(0.0, torch.float32),
+        frequency_penalty=full(0.0, torch.float32),
+        bias_ids=torch.full((batch, 300), -1, dtype=torch.int32, device="cuda"),
+        bias_values=torch.zeros((batch, 300), device="cuda"),
+        token_ids=torch.randint(VOCABULARY, (batch, MAX_TOKENS), dtype=torch.int32, device="cuda"),
+        prompt_len=full(0, torch.int32),
+        num_tokens=full(penalized or 100, torch.int32),
         min_len=full(0, torch.int32),
         stop_ids=torch.full((batch, 8), -1, dtype=torch.int32, device="cuda"),
     )
@@ -75,11 +87,11 @@ def make_output(batch: int) -> SampleOutput:
 
 def time_workload(workload: str, batch: int) -> Timing:
     """Median and lowest over replays of a graph that samples from each copy of the logits in turn."""
-    variant, temperature, top_k, top_p = WORKLOADS[workload]
+    variant, temperature, top_k, top_p, penalized = WORKLOADS[workload]
     copies = min(64, max(4, COPIES_BYTES // (batch * VOCABULARY * 2)))
     logits = [(2.5 * torch.randn(batch, VOCABULARY, device="cuda")).to(torch.bfloat16) for _ in range(copies)]
     slots = torch.arange(batch, dtype=torch.int32, device="cuda")
-    state, out = make_state(batch, temperature, top_k, top_p), make_output(batch)
+    state, out = make_state(batch, temperature, top_k, top_p, penalized), make_output(batch)
     sample(logits[0], slots, state, variant, out)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -100,6 +100,9 @@ class EngineConfig(_Config):
         num_kv_blocks: KV blocks beside the reserved one; None to size the cache by the free memory.
         kv_memory_fraction: share of the free device memory that a cache sized by itself may take.
         max_stop_token_ids: width of the table of stop ids of a slot, the model's own included.
+        max_stop_sequences: stop sequences of a request.
+        max_stop_sequence_tokens: tokens of a stop sequence.
+        max_biased_token_ids: entries of logit_bias and bad_token_ids of a request, together.
         seed: of random weights, and of requests that bring none.
         compile: torch.compile of the whole "model", of each "layer", or "off"; None: "layer" on CUDA, else "off".
         backend: see BackendConfig.
@@ -116,6 +119,9 @@ class EngineConfig(_Config):
     num_kv_blocks: PositiveInt | None = None
     kv_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
     max_stop_token_ids: Annotated[int, Field(ge=1, le=128)] = 16
+    max_stop_sequences: Annotated[int, Field(ge=1, le=64)] = 8
+    max_stop_sequence_tokens: Annotated[int, Field(ge=1, le=64)] = 16
+    max_biased_token_ids: Annotated[int, Field(ge=1, le=4096)] = 300
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     compile: CompileMode | None = None
     backend: BackendConfig = BackendConfig()

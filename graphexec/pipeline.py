@@ -107,7 +107,8 @@ class Pipeline:
         bucket = self.controller.bucket_for(bound)
         per_slot = self._program.rows_per_slot
         # Chunks of one token (the end of a prompt, or all of it) are rows like any other.
-        if plan.chunk_rows == 0 or (per_slot == 1 and plan.chunk_rows == plan.chunk_slots):
+        short_chunks = per_slot == 1 and plan.chunk_rows == plan.chunk_slots
+        if plan.chunk_rows == 0 or (short_chunks and plan.variant in self._program.variants):
             return GraphKey("decode", bucket * per_slot, bucket, plan.variant)
         rows = plan.chunk_rows + max(bound - plan.chunk_slots, 0) * per_slot
         return GraphKey("mixed", self.rows.fit(rows) or rows, bucket, plan.variant)
@@ -122,8 +123,9 @@ class Pipeline:
         """
         with self.runtime.activated():
             self._raise_if_broken()
-            if plan.variant not in self._program.variants:
-                known = ", ".join(self._program.variants)
+            variants = (*self._program.variants, *(self._program.chunk_variants if plan.chunk_rows else ()))
+            if plan.variant not in variants:
+                known = ", ".join(variants)
                 raise ConfigError(f"The program has no variant {plan.variant!r}. Known: {known}.")
             step = self._next_step
             self.records.acquire(step)
@@ -139,7 +141,7 @@ class Pipeline:
                 if upload is not None:
                     upload()
                 launch()
-                self.records.copy_out(step, self.compute, self._copy, self._has_extra(key))
+                self.records.copy_out(step, self.compute, self._copy, self._record_words(key))
             except BaseException as failure:
                 self._failure = failure
                 raise
@@ -172,9 +174,9 @@ class Pipeline:
             self._copy.check()
             if not landed:
                 self._raise_timeout(handle, limit)
-            words = self.records.read(handle.step)
+            words = self.records.read(handle.step, self._record_words(handle.key))
             self._check(words, handle)
-            result = _unpack(words, self.records.layout, handle.step, self._has_extra(handle.key))
+            result = _unpack(words, self.records.layout, handle.step)
             self.controller.observe(result)
             self.controller.count(handle.bound, handle.key.bucket, result.real_bsz)
             return result
@@ -219,8 +221,8 @@ class Pipeline:
         self.compute.check()
         self._copy.check()
 
-    def _has_extra(self, key: GraphKey) -> bool:
-        return self.records.layout.extra_words > 0 and key.variant in self._program.variants_with_extra
+    def _record_words(self, key: GraphKey) -> int:
+        return self.records.layout.base_words + self._program.extra_words.get(key.variant, 0)
 
     def _raise_if_broken(self) -> None:
         if self._failure is not None:
@@ -254,7 +256,7 @@ class Pipeline:
         )
 
 
-def _unpack(words: Int32Array, layout: RecordLayout, step: int, with_extra: bool) -> StepResult:
+def _unpack(words: Int32Array, layout: RecordLayout, step: int) -> StepResult:
     slots, begin = layout.max_slots, layout.HEADER
     return StepResult(
         step=step,
@@ -263,7 +265,7 @@ def _unpack(words: Int32Array, layout: RecordLayout, step: int, with_extra: bool
         num_tokens=words[begin : begin + slots],
         finish=words[begin + slots : begin + 2 * slots],
         tokens=words[begin + 2 * slots : layout.base_words].reshape(slots, layout.tokens_per_slot),
-        extra=words[layout.base_words :] if with_extra else None,
+        extra=words[layout.base_words :] if len(words) > layout.base_words else None,
     )
 
 

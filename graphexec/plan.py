@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import numpy as np
@@ -134,7 +135,7 @@ class StepPlan:
     """What the next step should do.
 
     Attributes:
-        variant: one of the program's `variants`.
+        variant: one of the program's `variants`, or of its `chunk_variants` where there are chunks.
         delta: changes to apply before the step, or None.
         chunk_slots: slots that compute a prompt chunk in this step (0 for a decode step).
         chunk_rows: rows of those chunks together.
@@ -193,8 +194,10 @@ class StepProgram(ABC):
     """S, number of slots."""
     variants: tuple[str, ...]
     """Variants of the step, cheapest first."""
-    variants_with_extra: frozenset[str] = frozenset()
-    """Variants that fill the record's extra words; for the others those words are not copied."""
+    chunk_variants: tuple[str, ...] = ()
+    """Further variants, of steps with prompt chunks alone."""
+    extra_words: Mapping[str, int] = MappingProxyType({})
+    """How many of the record's extra words a variant fills, from their first; the others are not copied."""
     record: RecordLayout
     staging_words: int
     """Size of a packed delta, int32 words."""

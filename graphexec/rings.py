@@ -50,10 +50,9 @@ class OutputRing:
         """Gives the slot of a step back that was not enqueued."""
         self._owner[step % RING_SLOTS] = None
 
-    def copy_out(self, step: int, compute: Stream, copy: Stream, with_extra: bool) -> None:
-        """Enqueues the copy of the record of `step` to the host, beside whatever compute runs next."""
+    def copy_out(self, step: int, compute: Stream, copy: Stream, words: int) -> None:
+        """Enqueues the copy of the first `words` of the record of `step` to the host, beside what compute runs next."""
         slot = step % RING_SLOTS
-        words = self.layout.words if with_extra else self.layout.base_words
         compute.record(self._done[slot])
         copy.wait(self._done[slot])  # F1: the copy reads the record after the step wrote it
         copy.copy(self._pinned[slot, :words], self.device[slot, :words])
@@ -68,10 +67,10 @@ class OutputRing:
         slot = step % RING_SLOTS
         return self._done[slot].query(), self._copied[slot].query()
 
-    def read(self, step: int) -> NDArray[np.int32]:
-        """Copies the record out and retires its slot."""
+    def read(self, step: int, words: int) -> NDArray[np.int32]:
+        """Copies the first `words` of the record out and retires its slot."""
         slot = step % RING_SLOTS
-        record: NDArray[np.int32] = self._host[slot].copy()
+        record: NDArray[np.int32] = self._host[slot, :words].copy()
         self._owner[slot] = None
         return record
 

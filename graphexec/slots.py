@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +26,9 @@ class SlotLimits:
         max_rows: rows of the largest step.
         block_size: tokens of a KV block, a power of two.
         max_stop_ids: K, stop ids of a slot.
+        max_biases: J, token ids of a slot whose logits get a bias.
+        max_stop_sequences: Q, stop sequences of a slot.
+        max_stop_sequence_tokens: W, tokens of a stop sequence.
     """
 
     max_slots: int
@@ -32,6 +36,9 @@ class SlotLimits:
     max_rows: int
     block_size: int
     max_stop_ids: int
+    max_biases: int = 1
+    max_stop_sequences: int = 1
+    max_stop_sequence_tokens: int = 1
 
     @property
     def max_blocks(self) -> int:
@@ -46,10 +53,16 @@ class SlotLimits:
     def payload_words(self) -> int:
         """Most tokens and blocks that the deltas of one step carry.
 
-        Tokens: the chunks of a step. Blocks: those that the chunks fill, and three more for every slot, since a chunk
-        may begin and end within a block and reserves ahead.
+        Tokens: the chunks of a step, and for each the token behind it. Blocks: those that the chunks fill, and three
+        more for every slot, since a chunk may begin and end within a block and reserves ahead.
         """
-        return self.max_rows + self.max_rows // self.block_size + 3 * self.max_slots
+        chunks = self.max_rows + self.max_rows // self.block_size + 4 * self.max_slots
+        return chunks + self.admission_words
+
+    @property
+    def admission_words(self) -> int:
+        """Most words of biases and stop sequences that the admissions of one step bring: those of two full ones."""
+        return 2 * (2 * self.max_biases + self.max_stop_sequences * self.max_stop_sequence_tokens)
 
     @property
     def staging_words(self) -> int:
@@ -58,7 +71,12 @@ class SlotLimits:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What a slot learns about its new owner; fields as in SlotTensors."""
+    """What a slot learns about its new owner; fields as in SlotTensors.
+
+    Attributes:
+        biases: pairs of a token id and what is added to its logit; no id twice.
+        stop_sequences: each of one token or more.
+    """
 
     seq_len: int
     num_tokens: int
@@ -69,6 +87,13 @@ class Admission:
     top_p: float
     seed: int
     stop_ids: tuple[int, ...]
+    prompt_len: int = 0
+    log_min_p: float = -math.inf
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    biases: tuple[tuple[int, float], ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(slots=True)
@@ -88,6 +113,7 @@ class SlotDeltas:
     def __init__(self, limits: SlotLimits) -> None:
         self._limits = limits
         self._deltas: dict[int, _SlotDelta] = {}
+        self._admission_words = 0
 
     def __len__(self) -> int:
         return len(self._deltas)
@@ -97,17 +123,25 @@ class SlotDeltas:
         """Slots that may run because of this batch: all but those that are only released."""
         return [slot for slot, delta in self._deltas.items() if delta.flags != RELEASE]
 
+    def has_room_for(self, admission: Admission) -> bool:
+        """Whether its biases and stop sequences fit beside those of this step; alone they always do."""
+        return self._admission_words + self._words_of(admission) <= self._limits.admission_words
+
     def admit(self, slot: int, admission: Admission) -> None:
         """Gives the slot a new owner, with an empty block table."""
+        self._admission_words += self._words_of(admission)
         delta = self._of(slot)
         delta.flags = delta.flags & ~RELEASE | ADMIT
         delta.admission = admission
 
-    def arm(self, slot: int, first_token: int, tokens: Sequence[int]) -> None:
-        """The slot computes `tokens`, which start at position `first_token` of its sequence, in this step."""
+    def arm(self, slot: int, first_token: int, tokens: Sequence[int], query_len: int | None = None) -> None:
+        """The slot computes `tokens`, which start at position `first_token` of its sequence, in this step.
+
+        With `query_len`, only so many of them; those behind are known to the device from now on.
+        """
         delta = self._of(slot)
         delta.flags |= ARM
-        delta.query_len = len(tokens)
+        delta.query_len = len(tokens) if query_len is None else query_len
         delta.first_token, delta.tokens = first_token, tokens
 
     def supply(self, slot: int, first_block: int, blocks: Sequence[int]) -> None:
@@ -125,7 +159,7 @@ class SlotDeltas:
         """Writes the batch in the layout that `graphexec.kernels.apply` reads.
 
         Raises:
-            ValueError: the batch carries more tokens and blocks than the layout holds.
+            ValueError: the batch carries more than the layout holds.
         """
         limits, width, count = self._limits, self._limits.entry_words, len(self._deltas)
         words[0] = count
@@ -143,9 +177,9 @@ class SlotDeltas:
             payload += delta.blocks
             payload += delta.tokens
             if delta.admission is not None:
-                _pack_admission(entries[index], delta.admission)
+                self._pack_admission(entries[index], delta.admission, payload)
         if len(payload) > limits.payload_words:
-            raise ValueError(f"The deltas of step {step} carry more than {limits.payload_words} tokens and blocks.")
+            raise ValueError(f"The deltas of step {step} carry more than {limits.payload_words} words of payload.")
         entries[:, : len(heads[0])] = heads
         entries[:, ENTRY_FIELDS - len(tails[0]) : ENTRY_FIELDS] = tails
         begin = HEADER_WORDS + limits.max_slots * width
@@ -154,14 +188,30 @@ class SlotDeltas:
     def _of(self, slot: int) -> _SlotDelta:
         return self._deltas.setdefault(slot, _SlotDelta())
 
+    def _words_of(self, admission: Admission) -> int:
+        return 2 * len(admission.biases) + len(admission.stop_sequences) * self._limits.max_stop_sequence_tokens
 
-def _pack_admission(entry: Int32Array, admission: Admission) -> None:
-    entry[3:7] = (admission.seq_len, admission.num_tokens, admission.max_len, admission.min_len)
-    entry[7:8].view(np.float32)[0] = admission.temperature
-    entry[8] = admission.top_k
-    entry[9:10].view(np.float32)[0] = admission.top_p
-    entry[10] = np.uint32(admission.seed & 0xFFFFFFFF).astype(np.int32)
-    entry[11] = np.uint32(admission.seed >> 32 & 0xFFFFFFFF).astype(np.int32)
+    def _pack_admission(self, entry: Int32Array, admission: Admission, payload: list[int]) -> None:
+        _pack_fields(entry, admission)
+        ids, values = zip(*admission.biases, strict=True) if admission.biases else ((), ())
+        entry[17:19] = len(ids), len(payload)
+        payload += ids
+        payload += np.array(values, dtype=np.float32).view(np.int32).tolist()
+        entry[19:21] = len(admission.stop_sequences), len(payload)
+        for sequence in admission.stop_sequences:
+            payload += [-1] * (self._limits.max_stop_sequence_tokens - len(sequence))
+            payload += sequence
+
+
+def _pack_fields(entry: Int32Array, admission: Admission) -> None:
+    floats = entry[:17].view(np.float32)
+    entry[3:6] = admission.seq_len, admission.num_tokens, admission.prompt_len
+    entry[6:8] = admission.max_len, admission.min_len
+    floats[8] = admission.temperature
+    entry[9] = admission.top_k
+    floats[10:12] = admission.top_p, admission.log_min_p
+    entry[12:14] = np.array([admission.seed & 0xFFFFFFFF, admission.seed >> 32], dtype=np.uint32).view(np.int32)
+    floats[14:17] = admission.repetition_penalty, admission.presence_penalty, admission.frequency_penalty
     entry[ENTRY_FIELDS:] = -1
     entry[ENTRY_FIELDS : ENTRY_FIELDS + len(admission.stop_ids)] = admission.stop_ids
 
@@ -173,7 +223,13 @@ class SlotState:
         self.limits = limits
         # One token more than a sequence may have: the last sampled token is stored before its slot is found to end.
         self.slots = SlotTensors.allocate(
-            limits.max_slots, limits.max_stop_ids, limits.max_blocks, limits.max_tokens + 1, device
+            limits.max_slots,
+            limits.max_stop_ids,
+            limits.max_blocks,
+            limits.max_tokens + 1,
+            device,
+            max_biases=limits.max_biases,
+            stop_sequences=(limits.max_stop_sequences, limits.max_stop_sequence_tokens),
         )
         # One row more than a step may have: a compiled model would make a step that fills the buffer a case of its own.
         self.step = StepTensors.allocate(limits.max_slots, limits.max_rows + 1, device)
@@ -222,3 +278,11 @@ class SlotState:
         state.temperature.fill_(1.0)
         state.top_p.fill_(0.9)
         state.top_k.fill_(50)
+        state.log_min_p.fill_(-8.0)
+        state.prompt_len[:slots] = (seq_lens // 2).to(device)
+        state.repetition_penalty.fill_(1.25)
+        state.presence_penalty.fill_(0.25)
+        state.frequency_penalty.fill_(0.125)
+        state.bias_ids.fill_(-1)
+        state.bias_ids[:, 0] = 0
+        state.bias_values.fill_(1.0)

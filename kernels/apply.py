@@ -20,10 +20,13 @@ __all__ = [
 
 HEADER_WORDS = 4
 """Number of entries, step number, 0, 0."""
-ENTRY_FIELDS = 18
-"""Fixed words of an entry, before its stop ids: slot, flags, query_len, seq_len, num_tokens, max_len, min_len,
-temperature (float bits), top_k, top_p (float bits), seed low, seed high, first block, blocks, their payload offset,
-first token, tokens, their payload offset."""
+ENTRY_FIELDS = 27
+"""Fixed words of an entry, before its stop ids. In order, floats by their bits:
+
+slot, flags, query_len | seq_len, num_tokens, prompt_len, max_len, min_len | temperature, top_k, top_p, log_min_p,
+seed low, seed high | repetition, presence and frequency penalty | biases, their payload offset (ids, then values) |
+stop sequences, their payload offset (W words each) | first block, blocks, their payload offset | first token, tokens,
+their payload offset."""
 
 ADMIT = 1
 """The slot gets a new owner: lengths, sampling and stop parameters are set, its block table starts empty."""
@@ -53,16 +56,26 @@ def apply_deltas_reference(staging: torch.Tensor, slots: SlotTensors, block_size
     payload = HEADER_WORDS + max_slots * width
     slots.last_delta[0] = words[1]
     for begin in range(HEADER_WORDS, HEADER_WORDS + words[0] * width, width):
-        slot, flags, query_len, seq_len, num_tokens, max_len, min_len = words[begin : begin + 7]
-        first_block, blocks, block_offset, first_token, tokens, token_offset = words[begin + 12 : begin + 18]
+        slot, flags, query_len = words[begin : begin + 3]
+        first_block, blocks, block_offset, first_token, tokens, token_offset = words[begin + 21 : begin + 27]
         if flags & ADMIT:
             bits = staging[begin : begin + width]
-            slots.seq_lens[slot], slots.num_tokens[slot] = seq_len, num_tokens
-            slots.max_len[slot], slots.min_len[slot] = max_len, min_len
-            slots.temperature[slot] = bits[7:8].view(torch.float32)[0]
-            slots.top_k[slot] = words[begin + 8]
-            slots.top_p[slot] = bits[9:10].view(torch.float32)[0]
-            slots.seed[slot] = bits[10:12].clone().view(torch.int64)[0]
+            floats = bits[:17].view(torch.float32)
+            slots.seq_lens[slot], slots.num_tokens[slot], slots.prompt_len[slot] = words[begin + 3 : begin + 6]
+            slots.max_len[slot], slots.min_len[slot] = words[begin + 6 : begin + 8]
+            slots.temperature[slot], slots.top_k[slot] = floats[8], words[begin + 9]
+            slots.top_p[slot], slots.log_min_p[slot] = floats[10], floats[11]
+            slots.seed[slot] = bits[12:14].clone().view(torch.int64)[0]
+            slots.repetition_penalty[slot] = floats[14]
+            slots.presence_penalty[slot], slots.frequency_penalty[slot] = floats[15], floats[16]
+            biases, bias_offset, sequences, sequence_offset = words[begin + 17 : begin + 21]
+            source = payload + bias_offset
+            slots.bias_ids[slot] = -1
+            slots.bias_ids[slot, :biases] = staging[source : source + biases]
+            slots.bias_values[slot, :biases] = staging[source + biases : source + 2 * biases].view(torch.float32)
+            source, sequence_words = payload + sequence_offset, sequences * slots.stop_sequences.shape[2]
+            slots.num_stop_sequences[slot] = sequences
+            slots.stop_sequences[slot].view(-1)[:sequence_words] = staging[source : source + sequence_words]
             slots.stop_ids[slot] = bits[ENTRY_FIELDS:]
             slots.num_blocks[slot] = slots.parked[slot] = slots.query_lens[slot] = 0
         source = payload + token_offset
@@ -82,11 +95,14 @@ def apply_deltas_reference(staging: torch.Tensor, slots: SlotTensors, block_size
 def apply_deltas_triton(staging: torch.Tensor, slots: SlotTensors, block_size: int) -> None:
     """The grid has a program for every possible entry; those beyond the batch leave at once."""
     max_slots, max_stop_ids = slots.stop_ids.shape
+    max_biases, sequence_tokens = slots.bias_ids.shape[1], slots.stop_sequences.shape[2]
+    sequence_words = slots.stop_sequences.shape[1] * sequence_tokens
     _apply[(max_slots,)](
         staging,
         slots.query_lens,
         slots.seq_lens,
         slots.num_tokens,
+        slots.prompt_len,
         slots.max_len,
         slots.min_len,
         slots.num_blocks,
@@ -94,7 +110,15 @@ def apply_deltas_triton(staging: torch.Tensor, slots: SlotTensors, block_size: i
         slots.temperature,
         slots.top_k,
         slots.top_p,
+        slots.log_min_p,
         slots.seed,
+        slots.repetition_penalty,
+        slots.presence_penalty,
+        slots.frequency_penalty,
+        slots.bias_ids,
+        slots.bias_values,
+        slots.num_stop_sequences,
+        slots.stop_sequences,
         slots.stop_ids,
         slots.block_tables,
         slots.token_ids,
@@ -102,6 +126,11 @@ def apply_deltas_triton(staging: torch.Tensor, slots: SlotTensors, block_size: i
         MAX_SLOTS=max_slots,
         STOP_IDS=max_stop_ids,
         STOP_LANES=triton.next_power_of_2(max_stop_ids),
+        BIASES=max_biases,
+        BIAS_LANES=triton.next_power_of_2(max_biases),
+        SEQUENCE_TOKENS=sequence_tokens,
+        SEQUENCE_WORDS=sequence_words,
+        SEQUENCE_LANES=triton.next_power_of_2(sequence_words),
         MAX_BLOCKS=slots.block_tables.shape[1],
         MAX_TOKENS=slots.token_ids.shape[1],
         BLOCK_SIZE=block_size,
@@ -118,6 +147,7 @@ def _apply(
     query_lens,  # [S]
     seq_lens,  # [S]
     num_tokens,  # [S]
+    prompt_len,  # [S]
     max_len,  # [S]
     min_len,  # [S]
     num_blocks,  # [S]
@@ -125,7 +155,15 @@ def _apply(
     temperature,  # [S]
     top_k,  # [S]
     top_p,  # [S]
+    log_min_p,  # [S]
     seed,  # [S]
+    repetition_penalty,  # [S]
+    presence_penalty,  # [S]
+    frequency_penalty,  # [S]
+    bias_ids,  # [S, BIASES]
+    bias_values,  # [S, BIASES]
+    num_stop_sequences,  # [S]
+    stop_sequences,  # [S, SEQUENCE_WORDS / SEQUENCE_TOKENS, SEQUENCE_TOKENS]
     stop_ids,  # [S, STOP_IDS]
     block_tables,  # [S, MAX_BLOCKS]
     token_ids,  # [S, MAX_TOKENS]
@@ -133,6 +171,11 @@ def _apply(
     MAX_SLOTS: tl.constexpr,
     STOP_IDS: tl.constexpr,
     STOP_LANES: tl.constexpr,
+    BIASES: tl.constexpr,
+    BIAS_LANES: tl.constexpr,
+    SEQUENCE_TOKENS: tl.constexpr,
+    SEQUENCE_WORDS: tl.constexpr,
+    SEQUENCE_LANES: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
     MAX_TOKENS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -162,27 +205,45 @@ def _apply(
         seq_len = tl.load(entry + 3)
         tl.store(seq_lens + slot, seq_len)
         tl.store(num_tokens + slot, tl.load(entry + 4))
-        tl.store(max_len + slot, tl.load(entry + 5))
-        tl.store(min_len + slot, tl.load(entry + 6))
-        tl.store(temperature + slot, tl.load(entry + 7).to(tl.float32, bitcast=True))
-        tl.store(top_k + slot, tl.load(entry + 8))
-        tl.store(top_p + slot, tl.load(entry + 9).to(tl.float32, bitcast=True))
-        low = tl.load(entry + 10).to(tl.int64) & 0xFFFFFFFF
-        tl.store(seed + slot, (tl.load(entry + 11).to(tl.int64) << 32) | low)
+        tl.store(prompt_len + slot, tl.load(entry + 5))
+        tl.store(max_len + slot, tl.load(entry + 6))
+        tl.store(min_len + slot, tl.load(entry + 7))
+        tl.store(temperature + slot, tl.load(entry + 8).to(tl.float32, bitcast=True))
+        tl.store(top_k + slot, tl.load(entry + 9))
+        tl.store(top_p + slot, tl.load(entry + 10).to(tl.float32, bitcast=True))
+        tl.store(log_min_p + slot, tl.load(entry + 11).to(tl.float32, bitcast=True))
+        low = tl.load(entry + 12).to(tl.int64) & 0xFFFFFFFF
+        tl.store(seed + slot, (tl.load(entry + 13).to(tl.int64) << 32) | low)
+        tl.store(repetition_penalty + slot, tl.load(entry + 14).to(tl.float32, bitcast=True))
+        tl.store(presence_penalty + slot, tl.load(entry + 15).to(tl.float32, bitcast=True))
+        tl.store(frequency_penalty + slot, tl.load(entry + 16).to(tl.float32, bitcast=True))
+        biases = tl.load(entry + 17)
+        source = payload + tl.load(entry + 18)
+        lane = tl.arange(0, BIAS_LANES)
+        ids = tl.load(source + lane, mask=lane < biases, other=-1)
+        values = tl.load(source + biases + lane, mask=lane < biases, other=0)
+        tl.store(bias_ids + slot * BIASES + lane, ids, mask=lane < BIASES)
+        tl.store(bias_values + slot * BIASES + lane, values.to(tl.float32, bitcast=True), mask=lane < biases)
+        sequences = tl.load(entry + 19)
+        source = payload + tl.load(entry + 20)
+        lane = tl.arange(0, SEQUENCE_LANES)
+        used = lane < sequences * SEQUENCE_TOKENS
+        tl.store(stop_sequences + slot * SEQUENCE_WORDS + lane, tl.load(source + lane, mask=used, other=-1), mask=used)
+        tl.store(num_stop_sequences + slot, sequences)
         lane = tl.arange(0, STOP_LANES)
         stops = tl.load(entry + ENTRY_FIELDS_ + lane, mask=lane < STOP_IDS, other=-1)
         tl.store(stop_ids + slot * STOP_IDS + lane, stops, mask=lane < STOP_IDS)
-    first_token = tl.load(entry + 15)
-    tokens = tl.load(entry + 16)
-    source = payload + tl.load(entry + 17)
+    first_token = tl.load(entry + 24)
+    tokens = tl.load(entry + 25)
+    source = payload + tl.load(entry + 26)
     for done in range(0, tokens, CHUNK):
         offset = done + tl.arange(0, CHUNK)
         values = tl.load(source + offset, mask=offset < tokens, other=0)
         target = token_ids + slot.to(tl.int64) * MAX_TOKENS + first_token
         tl.store(target + offset, values, mask=offset < tokens)
-    first_block = tl.load(entry + 12)
-    blocks = tl.load(entry + 13)
-    source = payload + tl.load(entry + 14)
+    first_block = tl.load(entry + 21)
+    blocks = tl.load(entry + 22)
+    source = payload + tl.load(entry + 23)
     for done in range(0, blocks, CHUNK):
         offset = done + tl.arange(0, CHUNK)
         values = tl.load(source + offset, mask=offset < blocks, other=0)

@@ -93,18 +93,21 @@ def _filtered(
     stop_row_ptr,
     peak,
     temperature,
+    lowest,
     cut,
-    BEYOND: tl.constexpr,
+    CUT: tl.constexpr,
     BITS: tl.constexpr,
     HALF: tl.constexpr,
     STOPS: tl.constexpr,
 ):
-    """Scaled logits, -inf where a filter or a hopeless distance to the maximum excludes the token."""
+    """Scaled logits, -inf where the token lies below `lowest` (scaled) or, if CUT, below `cut` (by its image)."""
     values = tl.load(logits_row_ptr + ids, mask=ids < vocabulary, other=float("-inf")).to(tl.float32)
     values = stops_masked(values, ids, below_minimum, stop_row_ptr, STOPS)
     scaled = tl.where(values == peak, 0.0, values - peak) / temperature
-    stays = (ids < vocabulary) & ((ordered_image(values, BITS, HALF) >= cut) | (values == peak))
-    return tl.where(stays & (scaled > BEYOND), scaled, float("-inf"))
+    stays = (ids < vocabulary) & (scaled >= lowest)
+    if CUT:
+        stays = stays & ((ordered_image(values, BITS, HALF) >= cut) | (values == peak))
+    return tl.where(stays, scaled, float("-inf"))
 
 
 @triton.jit
@@ -122,6 +125,7 @@ def _noise_kernel(
     needed_ptr,  # [B]
     top_k_cut_ptr,  # [B]
     temperature_ptr,  # [S], as all that follow
+    log_min_p_ptr,
     top_k_ptr,
     top_p_ptr,
     seed_ptr,
@@ -134,6 +138,7 @@ def _noise_kernel(
     row_stride,
     stop_stride,
     chunks,
+    CUT: tl.constexpr,
     BEYOND: tl.constexpr,
     BITS: tl.constexpr,
     HALF: tl.constexpr,
@@ -150,18 +155,20 @@ def _noise_kernel(
     temperature = tl.load(temperature_ptr + slot)
     if (temperature > 0) == 0:
         return
-    top_k = tl.load(top_k_ptr + slot)
-    cuts_count = (top_k > 0) & (top_k < vocabulary)
-    cuts_mass = tl.load(top_p_ptr + slot) < 1
     cut = (slot * 0).to(tl.uint32)
-    if cuts_count | cuts_mass:
-        # Step 2 or later: the state is in memory, so the goal is not used, nor the kind of search.
-        prefix, _ = settled_digit(bins_ptr, prefix_ptr, needed_ptr, row, chunks, 2, 0.0, False, CHUNKS)
-        cut = prefix.to(tl.uint32, bitcast=True)
-        if cuts_mass:
-            cut = tl.maximum(cut, tl.load(top_k_cut_ptr + row).to(tl.uint32, bitcast=True))
+    if CUT:
+        top_k = tl.load(top_k_ptr + slot)
+        cuts_count = (top_k > 0) & (top_k < vocabulary)
+        cuts_mass = tl.load(top_p_ptr + slot) < 1
+        if cuts_count | cuts_mass:
+            # Step 2 or later: the state is in memory, so the goal is not used, nor the kind of search.
+            prefix, _ = settled_digit(bins_ptr, prefix_ptr, needed_ptr, row, chunks, 2, 0.0, False, CHUNKS)
+            cut = prefix.to(tl.uint32, bitcast=True)
+            if cuts_mass:
+                cut = tl.maximum(cut, tl.load(top_k_cut_ptr + row).to(tl.uint32, bitcast=True))
 
     peak = row_peak(peaks_ptr, row, chunks, CHUNKS)
+    lowest = tl.maximum(tl.load(log_min_p_ptr + slot), BEYOND)
     num_tokens = tl.load(num_tokens_ptr + slot)
     below_minimum = num_tokens < tl.load(min_len_ptr + slot)
     logits_row_ptr = logits_ptr + row * row_stride
@@ -171,10 +178,10 @@ def _noise_kernel(
     i1 = i0 + SPAN
     i2 = i1 + SPAN
     i3 = i2 + SPAN
-    s0 = _filtered(logits_row_ptr, i0, vocabulary, below_minimum, stop_row_ptr, peak, temperature, cut, BEYOND, BITS, HALF, STOPS)  # fmt: skip  # noqa: E501
-    s1 = _filtered(logits_row_ptr, i1, vocabulary, below_minimum, stop_row_ptr, peak, temperature, cut, BEYOND, BITS, HALF, STOPS)  # fmt: skip  # noqa: E501
-    s2 = _filtered(logits_row_ptr, i2, vocabulary, below_minimum, stop_row_ptr, peak, temperature, cut, BEYOND, BITS, HALF, STOPS)  # fmt: skip  # noqa: E501
-    s3 = _filtered(logits_row_ptr, i3, vocabulary, below_minimum, stop_row_ptr, peak, temperature, cut, BEYOND, BITS, HALF, STOPS)  # fmt: skip  # noqa: E501
+    s0 = _filtered(logits_row_ptr, i0, vocabulary, below_minimum, stop_row_ptr, peak, temperature, lowest, cut, CUT, BITS, HALF, STOPS)  # fmt: skip  # noqa: E501
+    s1 = _filtered(logits_row_ptr, i1, vocabulary, below_minimum, stop_row_ptr, peak, temperature, lowest, cut, CUT, BITS, HALF, STOPS)  # fmt: skip  # noqa: E501
+    s2 = _filtered(logits_row_ptr, i2, vocabulary, below_minimum, stop_row_ptr, peak, temperature, lowest, cut, CUT, BITS, HALF, STOPS)  # fmt: skip  # noqa: E501
+    s3 = _filtered(logits_row_ptr, i3, vocabulary, below_minimum, stop_row_ptr, peak, temperature, lowest, cut, CUT, BITS, HALF, STOPS)  # fmt: skip  # noqa: E501
     at = row * chunks + chunk
     if tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))) > float("-inf"):
         w0, w1, w2, w3 = philox_words(tl.load(seed_ptr + slot), chunk * SPAN + lanes, num_tokens, 0, 0)
@@ -246,17 +253,25 @@ def find_peaks(logits: torch.Tensor, slots: torch.Tensor, state: SamplingState, 
 
 
 def add_noise(
-    logits: torch.Tensor, slots: torch.Tensor, state: SamplingState, bests: ChunkBests, work: CutWorkspace
+    logits: torch.Tensor, slots: torch.Tensor, state: SamplingState, bests: ChunkBests, work: CutWorkspace | None
 ) -> None:
-    """Writes `scores` and `score_ids` of the sampled rows, from `peaks` and from what `search_cut` left in `work`."""
+    """Writes `scores` and `score_ids` of the sampled rows, from `peaks` and from what `search_cut` left in `work`.
+
+    `work` None: top-k and top-p are not looked at.
+    """
     rows, chunks = bests.peaks.shape
-    last = (work.passes - 1) % 2
+    last = 0 if work is None else (work.passes - 1) % 2
+    search = [bests.peaks] * 4  # read by nobody
+    if work is not None:
+        search = [work.bins[last], work.prefix[last], work.needed[last], work.top_k_cut]
     _noise_kernel[(rows, chunks)](
-        logits, slots, bests.peaks, work.bins[last], work.prefix[last], work.needed[last], work.top_k_cut,
-        state.temperature, state.top_k, state.top_p, state.seed, state.num_tokens, state.min_len, state.stop_ids,
+        logits, slots, bests.peaks, *search,
+        state.temperature, state.log_min_p, state.top_k, state.top_p, state.seed,
+        state.num_tokens, state.min_len, state.stop_ids,
         bests.scores, bests.score_ids,
         logits.shape[1], logits.stride(0), state.stop_ids.stride(0), chunks,
-        BEYOND=_BEYOND_NOISE, BITS=work.bits, HALF=logits.dtype == torch.float16, STOPS=state.stop_ids.shape[1],
+        CUT=work is not None, BEYOND=_BEYOND_NOISE,
+        BITS=8 * logits.element_size(), HALF=logits.dtype == torch.float16, STOPS=state.stop_ids.shape[1],
         CHUNKS=triton.next_power_of_2(chunks), SPAN=_SPAN, NO_ID=_NO_ID, num_warps=8,
     )  # fmt: skip
 

@@ -1,15 +1,18 @@
-"""From logits to a token, inside a CUDA graph: greedy, sampled, and sampled with logprobs.
+"""From logits to a token, inside a CUDA graph: greedy, sampled, shaped, and with logprobs.
 
 Definition, for the row of a slot, in float32 (float64 for float64 logits):
+0. Bias and penalties (`adjust`) change the logits, which are rounded to their type again.
 1. While `num_tokens < min_len`, the slot's stop ids count as -inf.
 2. `temperature` 0: the largest logit; of several, the lowest id.
-3. Else top-k, then top-p (`thresholds`), and among what is left the largest
-   `(logit - row maximum) / temperature + noise`: a draw from the softmax (Gumbel-max: Gumbel 1954; Maddison, Tarlow,
-   Minka 2014). Taking the maximum off first keeps large logits from swallowing the noise.
+3. Else min-p: a token stays if it is at least min-p times as likely, at this temperature, as the likeliest one. Then
+   top-k, then top-p (`thresholds`), and among what is left the largest `(logit - row maximum) / temperature + noise`:
+   a draw from the softmax (Gumbel-max: Gumbel 1954; Maddison, Tarlow, Minka 2014). Taking the maximum off first keeps
+   large logits from swallowing the noise.
 4. The noise is `-log(-log(u))`, u the `philox.uniform` of one word of Philox4x32-10, key = seed, counter =
    `(1024 * (id // 4096) + id % 1024, num_tokens, 0, 0)`, word `(id // 1024) % 4`: four ids share one call.
    u lies on a grid of 2**-23, so noise is within [-2.82, 16.64].
 +inf logits share all the mass. A row that holds a NaN, or no finite value after step 1, is flagged and gets token 0.
+Log-probabilities are those of the logits before step 0.
 
 The noise is a function of the request's seed and of the index of the token, so a request's tokens do not depend on
 who shares its batch, on preemption, nor on graph or eager.
@@ -22,12 +25,21 @@ from enum import StrEnum
 
 import torch
 
+from graphexec.kernels.adjust import adjust_reference, adjust_triton
 from graphexec.kernels.gumbel import ChunkBests, add_noise, choose, find_peaks, noise_reference
 from graphexec.kernels.lang import use_triton
 from graphexec.kernels.logprobs import logprobs_reference, logprobs_triton
 from graphexec.kernels.thresholds import cut_reference, search_cut, stops_masked_reference
 
-__all__ = ["SampleOutput", "SamplerVariant", "SamplingState", "sample", "sample_reference", "sample_triton"]
+__all__ = [
+    "SampleOutput",
+    "SamplerVariant",
+    "SamplingState",
+    "report_logprobs",
+    "sample",
+    "sample_reference",
+    "sample_triton",
+]
 
 
 class SamplerVariant(StrEnum):
@@ -35,6 +47,9 @@ class SamplerVariant(StrEnum):
 
     GREEDY = "greedy"
     SAMPLED = "sampled"
+    """Temperature and min-p."""
+    SHAPED = "shaped"
+    """Bias, penalties, top-k and top-p as well: a launch for each digit of the cut."""
     LOGPROBS = "logprobs"
 
     @property
@@ -61,18 +76,33 @@ class SamplingState:
 
     Attributes:
         temperature: float32, 0 = greedy.
+        log_min_p: float32, logarithm of min-p, -inf = off.
         top_k: int32, 0 = off.
         top_p: float32, 1 = off.
         seed: int64, the Philox key.
+        repetition_penalty: float32, 1 = off.
+        presence_penalty, frequency_penalty: float32, 0 = off.
+        bias_ids: int32 `[S, J]`, distinct ids, -1 = unused entry.
+        bias_values: float32 `[S, J]`.
+        token_ids: int32 `[S, L]`, the sequence: `prompt_len` tokens of the prompt, then the output.
+        prompt_len: int32.
         num_tokens: int32, tokens known so far, which is the absolute index of the token being sampled.
         min_len: int32, the slot's stop ids cannot be chosen while `num_tokens < min_len`.
         stop_ids: int32 `[S, K]`, -1 = unused entry.
     """
 
     temperature: torch.Tensor
+    log_min_p: torch.Tensor
     top_k: torch.Tensor
     top_p: torch.Tensor
     seed: torch.Tensor
+    repetition_penalty: torch.Tensor
+    presence_penalty: torch.Tensor
+    frequency_penalty: torch.Tensor
+    bias_ids: torch.Tensor
+    bias_values: torch.Tensor
+    token_ids: torch.Tensor
+    prompt_len: torch.Tensor
     num_tokens: torch.Tensor
     min_len: torch.Tensor
     stop_ids: torch.Tensor
@@ -103,7 +133,8 @@ def sample(
     """Samples one token a row into `out`, without a host sync or an allocation that depends on data.
 
     Args:
-        logits: `[B, V]`, bfloat16, float16, float32 or float64, unit stride within a row.
+        logits: `[B, V]`, bfloat16, float16, float32 or float64, unit stride within a row. `SHAPED` adjusts them in
+            place; `LOGPROBS` works on a copy.
         slots: int32 `[B]`, the slot of each row, -1 for padding.
         state: parameters by slot.
         variant: what to compute; a row with temperature 0 stays greedy in every variant.
@@ -118,14 +149,40 @@ def sample_triton(
     """`sample` by the kernels, for bfloat16, float16 and float32 logits."""
     if logits.shape[0] == 0:
         return
+    raw = logits
+    if variant >= SamplerVariant.SHAPED:
+        logits = raw.clone() if variant is SamplerVariant.LOGPROBS else raw
+        adjust_triton(logits, slots, state)
     bests = ChunkBests(logits)
     find_peaks(logits, slots, state, bests)
     with_noise = variant is not SamplerVariant.GREEDY
     if with_noise:
-        add_noise(logits, slots, state, bests, search_cut(logits, slots, state, bests.peaks))
+        cut = search_cut(logits, slots, state, bests.peaks) if variant >= SamplerVariant.SHAPED else None
+        add_noise(logits, slots, state, bests, cut)
     choose(slots, state, bests, out.tokens, out.nan, with_noise=with_noise)
     if variant is SamplerVariant.LOGPROBS:
+        logprobs_triton(raw, slots, out.tokens, out.nan, *_logprob_buffers(out))
+
+
+def report_logprobs(logits: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor, out: SampleOutput) -> None:
+    """Log-probabilities of given tokens, into the buffers of `out` that `LOGPROBS` writes; a NaN row is flagged.
+
+    Args:
+        logits: `[B, V]`, as for `sample`.
+        slots: int32 `[B]`, -1 for rows that are left alone.
+        tokens: int32 `[B]`, from 0 to V - 1.
+        out: buffers of B rows.
+    """
+    out.tokens.copy_(tokens)
+    out.nan.copy_(logits.isnan().any(1))
+    if use_triton(logits):
         logprobs_triton(logits, slots, out.tokens, out.nan, *_logprob_buffers(out))
+        return
+    logprobs, ids, rank = _logprob_buffers(out)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    results = logprobs_reference(wide, tokens.long(), out.nan != 0, logprobs.shape[1] - 1, logprobs.dtype)
+    for buffer, value in zip((logprobs, ids, rank), results, strict=True):
+        _put(buffer, value, slots >= 0)
 
 
 def _logprob_buffers(out: SampleOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -142,26 +199,32 @@ def sample_reference(
         return
     active = slots >= 0
     at = slots.clamp(min=0).long()
-    raw = logits if logits.dtype == torch.float64 else logits.float()
-    allowed = stops_masked_reference(raw, at, state)
-    flagged = raw.isnan().any(1) | ~allowed.isfinite().any(1)
+    raw = logits
+    if variant >= SamplerVariant.SHAPED:
+        logits = raw.clone() if variant is SamplerVariant.LOGPROBS else raw
+        adjust_reference(logits, slots, state)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    allowed = stops_masked_reference(logits, at, state)
+    flagged = logits.isnan().any(1) | ~allowed.isfinite().any(1)
     tokens = allowed.argmax(1)
     if variant is not SamplerVariant.GREEDY:
         is_sampled = active & (state.temperature[at] > 0)
         if logits.is_cuda or bool(is_sampled.any()):
-            tokens = torch.where(is_sampled, _sampled_reference(allowed, at, is_sampled, state), tokens)
+            shaped = variant >= SamplerVariant.SHAPED
+            tokens = torch.where(is_sampled, _sampled_reference(allowed, at, is_sampled, state, shaped), tokens)
     tokens = tokens.masked_fill(flagged, 0)
     _put(out.tokens, tokens, active)
     _put(out.nan, flagged, active)
     if variant is SamplerVariant.LOGPROBS:
         logprobs, ids, rank = _logprob_buffers(out)
-        results = logprobs_reference(raw, tokens, flagged, logprobs.shape[1] - 1, logprobs.dtype)
+        wide = raw if raw.dtype == torch.float64 else raw.float()
+        results = logprobs_reference(wide, tokens, flagged, logprobs.shape[1] - 1, logprobs.dtype)
         for buffer, value in zip((logprobs, ids, rank), results, strict=True):
             _put(buffer, value, active)
 
 
 def _sampled_reference(
-    allowed: torch.Tensor, at: torch.Tensor, is_sampled: torch.Tensor, state: SamplingState
+    allowed: torch.Tensor, at: torch.Tensor, is_sampled: torch.Tensor, state: SamplingState, shaped: bool
 ) -> torch.Tensor:
     """The Gumbel-max token of each row, int64 `[B]`; rows that are not sampled hold any token."""
     temperature = torch.where(is_sampled, state.temperature[at], 1.0).to(allowed.dtype)[:, None]
@@ -169,10 +232,10 @@ def _sampled_reference(
     vocabulary = allowed.shape[1]
     peak = allowed.amax(1, keepdim=True)
     scaled = (allowed - peak).masked_fill(allowed == peak, 0.0) / temperature
-    stays = allowed > float("-inf")
+    stays = (allowed > float("-inf")) & (scaled >= state.log_min_p[at][:, None])
     filters = is_sampled & (((top_k > 0) & (top_k < vocabulary)) | (top_p < 1))
-    if allowed.is_cuda or bool(filters.any()):
-        stays = stays & (allowed >= cut_reference(allowed, scaled, top_k, top_p))
+    if shaped and (allowed.is_cuda or bool(filters.any())):
+        stays = stays & (allowed >= cut_reference(allowed, scaled.masked_fill(~stays, float("-inf")), top_k, top_p))
     noise = noise_reference(state.seed[at], state.num_tokens[at], vocabulary, allowed.dtype)
     return torch.where(stays, scaled + noise, float("-inf")).argmax(1)
 

@@ -11,7 +11,9 @@ __all__ = ["SlotTensors", "StepTensors"]
 
 @dataclass(frozen=True)
 class SlotTensors:
-    """Persistent state of the slots; S slots, K stop ids, M blocks a slot, L tokens a slot.
+    """Persistent state of the slots; S slots, K stop ids, M blocks a slot, L tokens a slot, J biases.
+
+    Q stop sequences of at most W tokens.
 
     Attributes:
         query_lens: `[S]` int32, tokens that the slot computes in the next step: 0 idle, 1 decode, else a chunk.
@@ -22,8 +24,14 @@ class SlotTensors:
         min_len: `[S]` int32, stop ids are ignored while fewer tokens are known.
         num_blocks: `[S]` int32, KV blocks in the block table.
         parked: `[S]` int32, 1 while the slot waits for a KV block.
+        prompt_len: `[S]` int32, tokens of the prompt; those behind it are output.
         temperature, top_k, top_p, seed: `[S]` float32, int32, float32, int64; see `graphexec.kernels.sample`.
+        log_min_p: `[S]` float32, logarithm of min-p, -inf for none.
+        repetition_penalty, presence_penalty, frequency_penalty: `[S]` float32, 1, 0 and 0 for none.
+        bias_ids, bias_values: `[S, J]` int32 and float32, added to the logits of those ids; -1 for unused entries.
         stop_ids: `[S, K]` int32, -1 for unused entries.
+        stop_sequences: `[S, Q, W]` int32, each at the end of its row, behind -1.
+        num_stop_sequences: `[S]` int32, those in use.
         block_tables: `[S, M]` int32.
         token_ids: `[S, L]` int32.
         last_delta: `[1]` int32, number of the step whose delta was applied last, -1 before the first.
@@ -40,25 +48,51 @@ class SlotTensors:
     top_k: torch.Tensor
     top_p: torch.Tensor
     seed: torch.Tensor
+    log_min_p: torch.Tensor
+    repetition_penalty: torch.Tensor
+    presence_penalty: torch.Tensor
+    frequency_penalty: torch.Tensor
+    prompt_len: torch.Tensor
+    bias_ids: torch.Tensor
+    bias_values: torch.Tensor
     stop_ids: torch.Tensor
+    stop_sequences: torch.Tensor
+    num_stop_sequences: torch.Tensor
     block_tables: torch.Tensor
     token_ids: torch.Tensor
     last_delta: torch.Tensor
 
     @classmethod
     def allocate(
-        cls, max_slots: int, max_stop_ids: int, max_blocks: int, max_tokens: int, device: torch.device
+        cls,
+        max_slots: int,
+        max_stop_ids: int,
+        max_blocks: int,
+        max_tokens: int,
+        device: torch.device,
+        max_biases: int = 1,
+        stop_sequences: tuple[int, int] = (1, 1),
     ) -> SlotTensors:
         def ints(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
+        def floats(value: float, *shape: int) -> torch.Tensor:
+            return torch.full(shape, value, dtype=torch.float32, device=device)
+
         return cls(
             **{name: ints(max_slots) for name in _PER_SLOT},
-            temperature=torch.zeros(max_slots, dtype=torch.float32, device=device),
+            temperature=floats(0.0, max_slots),
             top_k=ints(max_slots),
-            top_p=torch.ones(max_slots, dtype=torch.float32, device=device),
+            top_p=floats(1.0, max_slots),
             seed=torch.zeros(max_slots, dtype=torch.int64, device=device),
+            log_min_p=floats(float("-inf"), max_slots),
+            repetition_penalty=floats(1.0, max_slots),
+            presence_penalty=floats(0.0, max_slots),
+            frequency_penalty=floats(0.0, max_slots),
+            bias_ids=ints(max_slots, max_biases) - 1,
+            bias_values=floats(0.0, max_slots, max_biases),
             stop_ids=ints(max_slots, max_stop_ids) - 1,
+            stop_sequences=ints(max_slots, *stop_sequences) - 1,
             block_tables=ints(max_slots, max_blocks),
             token_ids=ints(max_slots, max_tokens),
             last_delta=ints(1) - 1,
@@ -68,7 +102,10 @@ class SlotTensors:
         return [getattr(self, field.name) for field in fields(self)]
 
 
-_PER_SLOT = ("query_lens", "seq_lens", "num_tokens", "max_len", "min_len", "num_blocks", "parked")
+_PER_SLOT = (
+    "query_lens", "seq_lens", "num_tokens", "prompt_len", "max_len", "min_len", "num_blocks", "parked",
+    "num_stop_sequences",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

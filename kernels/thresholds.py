@@ -1,6 +1,6 @@
-"""Which tokens a row may choose: the minimum-length mask, top-k and top-p.
+"""Which tokens a row may choose: the minimum-length mask, top-k, and top-p among what min-p leaves.
 
-Both filters are one cut on the raw logit: a token stays when its logit is not below the cut, so tied tokens stay or go
+Top-k and top-p are one cut on the logit: a token stays when its logit is not below the cut, so tied tokens stay or go
 together. The kernel finds the cut without sorting, by a search on the order-preserving integer image of the logit
 (16 bits for bfloat16 and float16, 32 for float32), four bits a pass: each pass bins count (top-k) or mass (top-p) by
 the next digit, and the next launch picks the digit. Sums have a fixed order, so a row's cut never depends on its batch.
@@ -96,6 +96,7 @@ def _search_kernel(
     needed_out_ptr,
     top_k_cut_ptr,  # [B]
     temperature_ptr,  # [S], as all that follow
+    log_min_p_ptr,
     top_k_ptr,
     top_p_ptr,
     num_tokens_ptr,
@@ -153,6 +154,7 @@ def _search_kernel(
 
     peak = row_peak(peaks_ptr, row, chunks, CHUNKS)
     below_minimum = tl.load(num_tokens_ptr + slot) < tl.load(min_len_ptr + slot)
+    log_min_p = tl.load(log_min_p_ptr + slot)
     prefix_bits = prefix.to(tl.uint32, bitcast=True)
     lowest_image = lowest.to(tl.uint32, bitcast=True)
     shift = (BITS - 4 - 4 * step).to(tl.uint32)
@@ -166,7 +168,8 @@ def _search_kernel(
         counted = (ids < vocabulary) & (((image >> shift) >> 4) == prefix_bits)
         if MASS:
             scaled = tl.where(values == peak, 0.0, values - peak) / temperature
-            weight = tl.where(counted & (image >= lowest_image), tl.exp(scaled), 0.0)
+            counted = counted & (image >= lowest_image) & (scaled >= log_min_p)
+            weight = tl.where(counted, tl.exp(scaled), 0.0)
         else:
             weight = counted.to(tl.float32)
         digit = ((image >> shift) & 15).to(tl.int32)
@@ -214,7 +217,8 @@ def search_cut(logits: torch.Tensor, slots: torch.Tensor, state: SamplingState, 
                 work.prefix[before], work.prefix[here],
                 work.needed[before], work.needed[here],
                 work.top_k_cut,
-                state.temperature, state.top_k, state.top_p, state.num_tokens, state.min_len, state.stop_ids,
+                state.temperature, state.log_min_p, state.top_k, state.top_p,
+                state.num_tokens, state.min_len, state.stop_ids,
                 vocabulary, logits.stride(0), state.stop_ids.stride(0), chunks, step,
                 FIRST=step == 0, MASS=mass,
                 BITS=work.bits, HALF=logits.dtype == torch.float16, STOPS=state.stop_ids.shape[1],
@@ -241,7 +245,7 @@ def cut_reference(logits: torch.Tensor, scaled: torch.Tensor, top_k: torch.Tenso
 
     Args:
         logits: `[B, V]` float32 or float64, after the minimum-length mask.
-        scaled: `[B, V]`, `(logits - row maximum) / temperature`.
+        scaled: `[B, V]`, `(logits - row maximum) / temperature`, -inf for tokens that have no mass.
         top_k: `[B]` int32; below 1 or at least V is off. The cut is not above the k-th largest logit.
         top_p: `[B]` float32; 1 or more is off. Among what top-k leaves, the cut is the largest logit t for which
             mass{logit >= t} >= top_p * total mass; at 0 or less, the row's maximum.

@@ -60,7 +60,8 @@ def update_reference(
     yields = computes_last & ~is_nan
     token = torch.where(yields, sampled[index], -1)
     may_stop = num_tokens >= slots.min_len
-    stops = yields & may_stop & ((slots.stop_ids == token[:, None]) & (slots.stop_ids >= 0)).any(1)
+    hits = ((slots.stop_ids == token[:, None]) & (slots.stop_ids >= 0)).any(1)
+    stops = yields & may_stop & (hits | _completes_sequence(slots, token))
     ends = yields & (num_tokens + 1 >= slots.max_len)
     finish = torch.zeros_like(query_lens)
     finish[ends] = _LENGTH
@@ -90,6 +91,18 @@ def update_reference(
     counter += 1
 
 
+def _completes_sequence(slots: SlotTensors, token: torch.Tensor) -> torch.Tensor:
+    """Whether `token [S]`, behind the output so far, completes one of the slot's stop sequences; bool `[S]`."""
+    _, sequences, width = slots.stop_sequences.shape
+    index = slots.num_tokens.long()[:, None] + torch.arange(1 - width, 1, device=token.device)  # [S, W]
+    tail = slots.token_ids.gather(1, index.clamp(0, slots.token_ids.shape[1] - 1))
+    tail[:, -1] = token
+    tail = torch.where(index >= slots.prompt_len[:, None], tail, -2)  # a sequence lies in the output
+    fits = ((slots.stop_sequences == tail[:, None]) | (slots.stop_sequences < 0)).all(2)
+    used = torch.arange(sequences, device=token.device) < slots.num_stop_sequences[:, None]
+    return (fits & used).any(1)
+
+
 def update_triton(
     slots: SlotTensors,
     step: StepTensors,
@@ -111,6 +124,9 @@ def update_triton(
         slots.num_blocks,
         slots.parked,
         slots.stop_ids,
+        slots.num_stop_sequences,
+        slots.stop_sequences,
+        slots.prompt_len,
         slots.token_ids,
         slots.last_delta,
         step.active_index,
@@ -122,6 +138,8 @@ def update_triton(
         MAX_SLOTS=max_slots,
         LANES=lanes,
         STOP_IDS=max_stop_ids,
+        SEQUENCES=slots.stop_sequences.shape[1],
+        SEQUENCE_TOKENS=slots.stop_sequences.shape[2],
         MAX_TOKENS=slots.token_ids.shape[1],
         BLOCK_SIZE=block_size,
         RING=ring.shape[0],
@@ -145,6 +163,9 @@ def _update(
     num_blocks,  # [S]
     parked,  # [S]
     stop_ids,  # [S, STOP_IDS]
+    num_stop_sequences,  # [S]
+    stop_sequences,  # [S, SEQUENCES, SEQUENCE_TOKENS]
+    prompt_len,  # [S]
     token_ids,  # [S, MAX_TOKENS]
     last_delta,  # [1]
     active_index,  # [S]
@@ -156,6 +177,8 @@ def _update(
     MAX_SLOTS: tl.constexpr,
     LANES: tl.constexpr,
     STOP_IDS: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    SEQUENCE_TOKENS: tl.constexpr,
     MAX_TOKENS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     RING: tl.constexpr,
@@ -182,6 +205,24 @@ def _update(
     for entry in tl.static_range(STOP_IDS):
         stop_id = tl.load(stop_ids + slot * STOP_IDS + entry, mask=yields, other=-1)
         hits = hits | ((stop_id == token) & (stop_id >= 0))
+    sequences = tl.load(num_stop_sequences + slot, mask=yields, other=0)
+    most = tl.max(sequences)
+    if most > 0:
+        first_output = tl.load(prompt_len + slot, mask=yields, other=0)
+        for number in range(most):
+            fits = yields & (number < sequences)
+            for place in range(SEQUENCE_TOKENS):
+                index = known - (SEQUENCE_TOKENS - 1 - place)
+                expected = tl.load(
+                    stop_sequences + (slot * SEQUENCES + number) * SEQUENCE_TOKENS + place, mask=fits, other=-1
+                )
+                compares = fits & (expected >= 0)
+                inside_output = compares & (index >= first_output)
+                before = inside_output & (index < known)
+                earlier = tl.load(token_ids + slot.to(tl.int64) * MAX_TOKENS + index, mask=before, other=-2)
+                found = tl.where(index == known, token, earlier)
+                fits = fits & ((expected < 0) | (inside_output & (found == expected)))
+            hits = hits | fits
     stops = yields & hits & (known >= tl.load(min_len + slot, mask=inside, other=0))
     ends = yields & (known + 1 >= tl.load(max_len + slot, mask=inside, other=0))
     finish = tl.where(is_nan, NAN, tl.where(stops, STOP, tl.where(ends, LENGTH, 0)))

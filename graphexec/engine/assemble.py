@@ -71,6 +71,9 @@ def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
         max_rows=resolved.max_num_batched_tokens + config.max_num_seqs,
         block_size=config.kv_block_size,
         max_stop_ids=config.max_stop_token_ids,
+        max_biases=config.max_biased_token_ids,
+        max_stop_sequences=config.max_stop_sequences,
+        max_stop_sequence_tokens=config.max_stop_sequence_tokens,
     )
     program = DecoderProgram(decoder, loaded.model.lm_head, limits)
     try:

@@ -10,7 +10,6 @@ from graphexec.backends import bucket_sizes, create_backend
 from graphexec.config import BackendConfig
 from graphexec.engine.program import DecoderProgram
 from graphexec.errors import ConfigError
-from graphexec.kernels.sample import SamplerVariant
 from graphexec.plan import StepPlan
 from graphexec.runtime import Runtime
 from graphexec.slots import Admission, SlotDeltas, SlotLimits
@@ -55,7 +54,7 @@ def measure_num_blocks(
             costs = [graph.pool_bytes for graph in manifest.graphs]
             torch.cuda.reset_peak_memory_stats(runtime.device)
             resident = torch.cuda.memory_allocated(runtime.device)
-            probe.submit(_largest_step(limits)).result()
+            probe.submit(_largest_step(limits, program.chunk_variants[-1])).result()
             activations = torch.cuda.max_memory_allocated(runtime.device) - resident
         finally:
             probe.close()
@@ -81,7 +80,7 @@ def measure_num_blocks(
     return blocks
 
 
-def _largest_step(limits: SlotLimits) -> StepPlan:
+def _largest_step(limits: SlotLimits, variant: str) -> StepPlan:
     """A step that fills every row it may have with prompt chunks."""
     deltas = SlotDeltas(limits)
     rows_left, next_block, chunks = limits.max_rows, 1, 0
@@ -107,4 +106,4 @@ def _largest_step(limits: SlotLimits) -> StepPlan:
         deltas.arm(slot, 0, [0] * chunk)
         deltas.supply(slot, 0, range(next_block, next_block + blocks))
         rows_left, next_block, chunks = rows_left - chunk, next_block + blocks, chunks + 1
-    return StepPlan(SamplerVariant.LOGPROBS.value, deltas, chunks, limits.max_rows - rows_left)
+    return StepPlan(variant, deltas, chunks, limits.max_rows - rows_left)

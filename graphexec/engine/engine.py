@@ -18,14 +18,14 @@ from graphexec.config import EngineConfig
 from graphexec.engine.assemble import Assembly, assemble
 from graphexec.engine.blocks import BlockAllocator
 from graphexec.engine.intake import Intake, Prompt, as_batch
-from graphexec.engine.logprobs import LogprobRows
+from graphexec.engine.logprobs import LogprobRows, take_prompt_logprobs
 from graphexec.engine.params import SamplingParams
 from graphexec.engine.request import Request, RequestOutput
 from graphexec.engine.scheduler import ScheduledStep, Scheduler
 from graphexec.engine.stats import EngineStats
 from graphexec.engine.stream import RequestStream
 from graphexec.errors import DeviceError, GraphexecError, RequestError, StepTimeout
-from graphexec.plan import FinishCode, StepHandle
+from graphexec.plan import FinishCode, StepHandle, StepResult
 
 __all__ = ["Engine"]
 
@@ -66,9 +66,9 @@ class Engine:
         self._intake = Intake(
             parts.tokenizer, parts.limits, self.num_kv_blocks, parts.vocab_size, parts.eos_token_ids, config.seed
         )
-        self._live: dict[str, Request] = {}
+        self._live: dict[str, list[Request]] = {}  # the samples of each prompt that still run
         self._in_flight: deque[_InFlight] = deque()
-        self._undelivered: dict[str, RequestOutput] = {}
+        self._undelivered: dict[tuple[str, int], RequestOutput] = {}
         self._abandoned: set[str] = set()
         self._stepping = threading.Lock()
         self._submitted = 0
@@ -104,8 +104,7 @@ class Engine:
             raise RequestError(f"The engine has failed: {self._failure}")
         if params is not None and not isinstance(params, SamplingParams):
             raise RequestError(f"Sampling parameters are a SamplingParams, not {type(params).__name__}.")
-        request = self._intake.submit(prompt, params or SamplingParams(), self._live)
-        return request.request_id
+        return self._intake.submit(prompt, params or SamplingParams(), self._live)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The prompt, as token ids, that the model's chat template makes of a conversation.
@@ -189,14 +188,15 @@ class Engine:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
-        """Runs prompts to their end and returns their last outputs in order.
+        """Runs prompts to their end and returns their last outputs in order, one for each prompt.
 
         Args:
             prompts: one prompt or several; each is text or a list of token ids.
             params: one for all, or one for each.
 
-        A prompt that is refused gets an output with finish_reason "error"; the others run. Outputs of other requests
-        that run meanwhile are kept for the next `step`.
+        A prompt that is refused gets an output with finish_reason "error"; the others run. Where `n` asks for several
+        samples, the output is the first one's, and its `samples` holds them all. Outputs of other requests that run
+        meanwhile are kept for the next `step`.
         """
         batch = as_batch(prompts)
         if isinstance(params, SamplingParams) or params is None:
@@ -204,20 +204,20 @@ class Engine:
         if len(params) != len(batch):
             raise RequestError(f"There are {len(batch)} prompts and {len(params)} sampling parameters.")
         self._raise_if_failed()
-        results: dict[str, RequestOutput] = {}
-        ids = [self._add_or_refuse(prompt, each, results) for prompt, each in zip(batch, params, strict=True)]
-        wanted = set(ids)
+        results: dict[tuple[str, int], RequestOutput] = {}
+        keys = [self._add_or_refuse(prompt, each, results) for prompt, each in zip(batch, params, strict=True)]
+        wanted = {key for samples in keys for key in samples}
         try:
             while len(results) < len(wanted):
                 for output in self._advance():
-                    if output.request_id not in wanted:
+                    if output.key not in wanted:
                         self._hold([output])
                     elif output.finished:
-                        results[output.request_id] = output
+                        results[output.key] = output
         finally:
-            for request_id in wanted - results.keys():
+            for request_id in {name for name, _ in wanted - results.keys()}:
                 self.abandon(request_id)
-        return [results[request_id] for request_id in ids]
+        return [RequestOutput.of_samples([results[key] for key in samples]) for samples in keys]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestStream:
         """Yields the outputs of one request as they come; closing the iterator early aborts it.
@@ -227,16 +227,16 @@ class Engine:
         Raises:
             RequestError: see `add_request`; at the call, not at the first output.
         """
-        return RequestStream(self, self.add_request(prompt, params))
+        return RequestStream(self, self.add_request(prompt, params), 1 if params is None else params.n)
 
     def advance_for(self, request_id: str) -> list[RequestOutput] | None:
         """Like `step`, but returns the outputs of one request; those of others are kept for the next `step`.
 
         None when the request has ended and its outputs were taken.
         """
-        held = self._undelivered.pop(request_id, None)
-        if held is not None:
-            return [held]
+        held = self._take_held(request_id)
+        if held:
+            return held
         if request_id not in self._live:
             return None
         outputs = self._advance()
@@ -246,7 +246,7 @@ class Engine:
     def abandon(self, request_id: str) -> None:
         """Aborts a request whose outputs nobody will take any more."""
         self._abandoned.add(request_id)
-        self._undelivered.pop(request_id, None)
+        self._take_held(request_id)
         self._intake.abort(request_id)
 
     def stats(self) -> EngineStats:
@@ -273,21 +273,23 @@ class Engine:
             if self._froze:
                 gc.unfreeze()
 
-    def _add_or_refuse(self, prompt: Prompt, params: SamplingParams, results: dict[str, RequestOutput]) -> str:
+    def _add_or_refuse(
+        self, prompt: Prompt, params: SamplingParams, results: dict[tuple[str, int], RequestOutput]
+    ) -> list[tuple[str, int]]:
         try:
-            return self.add_request(prompt, params)
+            request_id = self.add_request(prompt, params)
         except RequestError as refusal:
             request = self._intake.refuse(params, refusal)
-            results[request.request_id] = RequestOutput(request, 0, 0, True)
-            return request.request_id
+            results[request.key] = RequestOutput(request, 0, 0, True)
+            return [request.key]
+        return [(request_id, index) for index in range(params.n)]
 
     def _take_requests(self, outputs: list[RequestOutput]) -> None:
         arrivals, aborts = self._intake.take()
         for request in arrivals:
             self._scheduler.add(request)
         for request_id in aborts:
-            aborted = self._live.pop(request_id, None)
-            if aborted is not None:
+            for aborted in self._live.pop(request_id, ()):
                 self._scheduler.abort(aborted)
                 aborted.finish("abort")
                 end = len(aborted.output_token_ids)
@@ -316,7 +318,7 @@ class Engine:
         self._collected = handle.step
         self._scheduler.missed(scheduled, result)
         ends = {slot: int(result.finish[slot]) for slot in np.flatnonzero(result.finish).tolist()}
-        logprobs = None if result.extra is None else LogprobRows(self._program.unpack_extra(result.extra), result)
+        logprobs = self._take_logprobs(scheduled, result)
         ran = np.flatnonzero(result.num_tokens >= 0)
         counts, tokens = result.num_tokens[ran].tolist(), result.tokens[ran].tolist()
         for slot, count, new in zip(ran.tolist(), counts, tokens, strict=True):
@@ -329,28 +331,66 @@ class Engine:
                 known += new[:count]
                 if logprobs is not None and request.params.logprobs is not None:
                     request.logprobs.append(logprobs.of(slot, request.params.logprobs))
-            if slot in ends:
-                self._end(request, ends[slot])
+            code = ends.get(slot, FinishCode.RUNNING)
+            if request.stop_strings is not None and code != FinishCode.STOP and self._found_stop(request, code):
+                count = len(known) - begin
+            elif code != FinishCode.RUNNING:
+                self._end(request, code)
             if count or request.finish_reason is not None:
                 # Arguments by position: with names, making these objects takes half as long again.
                 outputs.append(RequestOutput(request, begin, begin + count, request.finish_reason is not None))
 
+    def _take_logprobs(self, scheduled: ScheduledStep, result: StepResult) -> LogprobRows | None:
+        """Hands out the log-probabilities of prompts; returns those of output tokens."""
+        if result.extra is None:
+            return None
+        if scheduled.prompt_chunks:
+            rows = self._program.unpack_prompt_logprobs(result.extra)
+            take_prompt_logprobs(rows, scheduled.prompt_chunks, scheduled.owners, result)
+        return LogprobRows(self._program.unpack_logprobs(result.extra), result)
+
+    def _found_stop(self, request: Request, code: int) -> bool:
+        """Ends the request if its new tokens complete a stop string; those behind that are never delivered."""
+        assert request.stop_strings is not None
+        match = request.stop_strings.find(request.output_token_ids)
+        if match is None:
+            return False
+        del request.output_token_ids[match.tokens :]
+        del request.logprobs[match.tokens :]
+        request.finish_at_stop_string(match)
+        if code in (FinishCode.RUNNING, FinishCode.PARKED):
+            self._scheduler.abort(request)  # the device does not know, and steps in flight still run it
+        else:
+            self._scheduler.retire(request)
+        self._forget(request)
+        return True
+
     def _end(self, request: Request, code: int) -> None:
-        if code == FinishCode.STOP:
-            self._scheduler.finish(request, "stop")
-        elif code == FinishCode.LENGTH:
-            self._scheduler.finish(request, "length")
-        elif code == FinishCode.NAN:
-            self._scheduler.finish(request, "error", "The model's logits hold no number to choose a token from.")
-        else:  # parked: it goes on when its block arrives
+        if code == FinishCode.PARKED:  # it goes on when its block arrives
             return
-        del self._live[request.request_id]
+        if code == FinishCode.STOP:
+            request.finish_at_stop_token()
+        elif code == FinishCode.LENGTH:
+            request.finish("length")
+        else:
+            request.finish("error", "The model's logits hold no number to choose a token from.")
+        self._scheduler.retire(request)
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        samples = self._live[request.request_id]
+        samples.remove(request)
+        if not samples:
+            del self._live[request.request_id]
+
+    def _take_held(self, request_id: str) -> list[RequestOutput]:
+        return [self._undelivered.pop(key) for key in [*self._undelivered] if key[0] == request_id]
 
     def _hold(self, outputs: list[RequestOutput]) -> None:
         """Keeps outputs for the next `step`: one for each request, however many steps pass until then."""
         for output in outputs:
-            held = self._undelivered.get(output.request_id)
-            self._undelivered[output.request_id] = output if held is None else held.joined(output)
+            held = self._undelivered.get(output.key)
+            self._undelivered[output.key] = output if held is None else held.joined(output)
 
     def _raise_if_failed(self) -> None:
         if self._failure is not None:

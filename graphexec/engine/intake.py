@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from numbers import Integral
 from graphexec.engine.detokenizer import Detokenizer, Tokenizer
 from graphexec.engine.params import SamplingParams
 from graphexec.engine.request import Request
+from graphexec.engine.stop_strings import StopStrings
 from graphexec.errors import RequestError
 from graphexec.slots import SlotLimits
 
@@ -42,16 +44,20 @@ class Intake:
         self._arrivals: deque[Request] = deque()
         self._aborts: deque[str] = deque()
 
-    def submit(self, prompt: Prompt, params: SamplingParams, live: dict[str, Request]) -> Request:
-        """Queues a request, and enters it among the `live` ones before the engine's thread can see it.
+    def submit(self, prompt: Prompt, params: SamplingParams, live: dict[str, list[Request]]) -> str:
+        """Queues a request for each sample, and enters them among the `live` ones before the engine's thread sees them.
+
+        Returns:
+            Their request id.
 
         Raises:
             RequestError: it cannot be served; nothing was queued.
         """
-        request = self._make(prompt, params)
-        live[request.request_id] = request
-        self._arrivals.append(request)
-        return request
+        requests = self._make(prompt, params)
+        request_id = requests[0].request_id
+        live[request_id] = list(requests)
+        self._arrivals.extend(requests)
+        return request_id
 
     def refuse(self, params: SamplingParams, refusal: RequestError) -> Request:
         """A request that has failed before it was queued."""
@@ -82,8 +88,10 @@ class Intake:
         except Exception as failure:  # a template is a program of the checkpoint's, and raises what it likes
             raise RequestError(f"The model's chat template refuses the conversation: {failure}") from failure
 
-    def _make(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _make(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
         token_ids = self._token_ids(prompt)
+        biases = self._biases(params)
+        self._check_stops(params)
         number = next(self._ids)
         eos = () if params.ignore_eos else self._eos_token_ids
         stop_ids = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
@@ -99,16 +107,58 @@ class Intake:
                 f"The request may need {blocks} KV blocks, and the cache has {self._num_kv_blocks}. "
                 "Lower max_tokens, or raise num_kv_blocks."
             )
-        return Request(
-            request_id=str(number),
-            prompt_token_ids=token_ids,
-            params=params,
-            stop_ids=stop_ids,
-            # Knuth's multiplier spreads consecutive requests over the seeds; any odd number would do.
-            seed=params.seed if params.seed is not None else (self._seed + 1 + number) * 2654435761 % 2**63,
-            max_len=max_len,
-            detokenizer=Detokenizer(self._tokenizer) if self._tokenizer is not None else None,
-        )
+        # Knuth's multiplier spreads consecutive requests over the seeds; any odd number would do.
+        seed = params.seed if params.seed is not None else (self._seed + 1 + number) * 2654435761
+        return [
+            Request(
+                request_id=str(number),
+                index=index,
+                prompt_token_ids=token_ids,
+                params=params,
+                stop_ids=stop_ids,
+                biases=biases,
+                seed=(seed + index) % 2**63,
+                max_len=max_len,
+                detokenizer=Detokenizer(self._tokenizer) if self._tokenizer is not None else None,
+                stop_strings=self._stop_strings(params),
+            )
+            for index in range(params.n)
+        ]
+
+    def _biases(self, params: SamplingParams) -> tuple[tuple[int, float], ...]:
+        biases = {**params.logit_bias, **dict.fromkeys(params.bad_token_ids, -math.inf)}
+        for name in ("logit_bias", "bad_token_ids"):
+            wrong = next((token for token in getattr(params, name) if token >= self._vocab_size), None)
+            if wrong is not None:
+                raise RequestError(
+                    f"{name} has the token id {wrong}, outside the vocabulary of {self._vocab_size} entries."
+                )
+        if len(biases) > self._limits.max_biases:
+            raise RequestError(
+                f"logit_bias and bad_token_ids name {len(biases)} tokens; the engine holds "
+                f"{self._limits.max_biases}. Raise max_biased_token_ids."
+            )
+        return tuple(biases.items())
+
+    def _check_stops(self, params: SamplingParams) -> None:
+        if len(params.stop_sequences) > self._limits.max_stop_sequences:
+            raise RequestError(
+                f"The request has {len(params.stop_sequences)} stop_sequences; the engine holds "
+                f"{self._limits.max_stop_sequences}. Raise max_stop_sequences."
+            )
+        longest = max(map(len, params.stop_sequences), default=0)
+        if longest > self._limits.max_stop_sequence_tokens:
+            raise RequestError(
+                f"One of stop_sequences has {longest} tokens; the engine holds "
+                f"{self._limits.max_stop_sequence_tokens}. Raise max_stop_sequence_tokens."
+            )
+
+    def _stop_strings(self, params: SamplingParams) -> StopStrings | None:
+        if not params.stop:
+            return None
+        if self._tokenizer is None:
+            raise RequestError("The model has no tokenizer, so that there is no text to find `stop` in.")
+        return StopStrings(params.stop, self._tokenizer, params.min_tokens)
 
     def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 import torch
 
 from graphexec.engine.architectures import EXERCISED_BLOCKS, Decoder
+from graphexec.engine.logprobs import PROMPT_LOGPROBS, LogprobArrays
 from graphexec.engine.params import MAX_LOGPROBS
 from graphexec.kernels.attention import AttentionRows, attention_rows
 from graphexec.kernels.paged_decode import choose_splits
 from graphexec.kernels.prepare import prepare
-from graphexec.kernels.sample import SampleOutput, SamplerVariant, SamplingState, sample
+from graphexec.kernels.sample import SampleOutput, SamplerVariant, SamplingState, report_logprobs, sample
 from graphexec.kernels.update import update
 from graphexec.plan import DeviceIO, FloatArray, GraphKey, Int32Array, RecordLayout, StepProgram
 from graphexec.slots import SlotLimits, SlotState
 
 __all__ = ["DecoderProgram"]
+
+_PROMPT_ROWS = 256
+"""Rows whose logits stand in memory at the same time when a prompt's log-probabilities are asked for."""
 
 
 class DecoderProgram(StepProgram):
@@ -27,7 +32,7 @@ class DecoderProgram(StepProgram):
     """
 
     variants = tuple(variant.value for variant in SamplerVariant)
-    variants_with_extra = frozenset({SamplerVariant.LOGPROBS.value})
+    chunk_variants = (PROMPT_LOGPROBS,)
 
     def __init__(self, decoder: Decoder, lm_head: torch.nn.Module, limits: SlotLimits) -> None:
         weight = decoder.embed_tokens.weight
@@ -41,11 +46,15 @@ class DecoderProgram(StepProgram):
         self.staging_words = limits.staging_words
         self._logprob_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self._out = _allocate_output(limits.max_slots, self._logprob_dtype, weight.device)
-        self.record = RecordLayout(limits.max_slots, extra_words=sum(part.nbytes for part in self._extra()) // 4)
+        self._prompt_out = _allocate_output(limits.max_rows, self._logprob_dtype, weight.device)
+        output_words, prompt_words = _words(self._out), _words(self._prompt_out)
+        self.extra_words = {
+            SamplerVariant.LOGPROBS.value: output_words,
+            PROMPT_LOGPROBS: output_words + prompt_words,
+        }
+        self.record = RecordLayout(limits.max_slots, extra_words=output_words + prompt_words)
         slots = self.state_of_slots.slots
-        self._sampling = SamplingState(
-            slots.temperature, slots.top_k, slots.top_p, slots.seed, slots.num_tokens, slots.min_len, slots.stop_ids
-        )
+        self._sampling = SamplingState(**{part.name: getattr(slots, part.name) for part in fields(SamplingState)})
         is_cuda = weight.device.type == "cuda"
         self._num_sms = torch.cuda.get_device_properties(weight.device).multi_processor_count if is_cuda else 1
 
@@ -59,46 +68,63 @@ class DecoderProgram(StepProgram):
         slots, step = self.state_of_slots.slots, self.state_of_slots.step
         prepare(slots, step, key.rows, key.bucket, self.limits.block_size)
         if key.bucket:
-            self._sample(self._forward(key), key)
+            hidden = self._forward(key)
+            if key.variant == PROMPT_LOGPROBS:
+                self._report_prompt(hidden, key)
+            if key.phase == "mixed":  # even if rows and slots happen to be padded to the same number
+                hidden = hidden.index_select(0, step.logit_rows[: key.bucket])
+            self._sample(self._lm_head(hidden), key)
         update(slots, step, self._out.tokens, self._out.nan, self._io.ring, self._io.counter, self.limits.block_size)
 
     def _forward(self, key: GraphKey) -> torch.Tensor:
-        """Logits `[bucket, vocabulary]` of the last row of each active slot."""
+        """Hidden states `[rows, hidden size]`, behind the last norm."""
         step = self.state_of_slots.step
         num_kv_heads = self._decoder.attentions[0].num_kv_heads
         splits = choose_splits(key.rows, num_kv_heads, self._num_sms) if key.phase == "decode" else 0
         with attention_rows(AttentionRows(self.state_of_slots.slots, step, key.rows, key.bucket, splits)):
-            hidden = self._decoder(step.input_ids[: key.rows], step.positions[: key.rows])
-        if key.phase == "mixed":  # even if rows and slots happen to be padded to the same number
-            hidden = hidden.index_select(0, step.logit_rows[: key.bucket])
-        logits: torch.Tensor = self._lm_head(hidden)
-        return logits
+            hidden: torch.Tensor = self._decoder(step.input_ids[: key.rows], step.positions[: key.rows])
+        return hidden
 
     def _sample(self, logits: torch.Tensor, key: GraphKey) -> None:
         active = self.state_of_slots.step.active_slots[: key.bucket]
-        sample(logits, active, self._sampling, SamplerVariant(key.variant), self._out)
-        if key.variant == SamplerVariant.LOGPROBS:
-            words = torch.cat([tensor.reshape(-1).view(torch.int32) for tensor in self._extra()])
-            extra = self._io.ring[:, self.record.base_words :]
-            extra.index_copy_(0, self._io.counter.remainder(len(extra)).long(), words[None])
+        variant = SamplerVariant.LOGPROBS if key.variant == PROMPT_LOGPROBS else SamplerVariant(key.variant)
+        sample(logits, active, self._sampling, variant, self._out)
+        if variant is SamplerVariant.LOGPROBS:
+            self._put_extra(self._out, 0)
 
-    def _extra(self) -> list[torch.Tensor]:
-        """What the record carries beside tokens: log-probabilities first, since they may be 8 bytes wide."""
-        out = self._out
-        assert out.logprobs is not None
-        assert out.logprob_ids is not None
-        assert out.rank is not None
-        return [out.logprobs, out.logprob_ids, out.rank]
+    def _report_prompt(self, hidden: torch.Tensor, key: GraphKey) -> None:
+        """Log-probabilities of the token behind each row, a few rows at a time: all their logits would not fit."""
+        slots, step, out = self.state_of_slots.slots, self.state_of_slots.step, self._prompt_out
+        row_slot, last = step.row_slot[: key.rows], slots.token_ids.shape[1] - 1
+        behind = (step.positions[: key.rows] + 1).clamp(max=last).long()
+        # What lies behind the last known token is no prompt's, and its row is not read; it must be an id all the same.
+        targets = slots.token_ids[row_slot.clamp(min=0).long(), behind].clamp(0, self._vocab_size - 1)
+        for begin in range(0, key.rows, _PROMPT_ROWS):
+            part = slice(begin, min(begin + _PROMPT_ROWS, key.rows))
+            report_logprobs(self._lm_head(hidden[part]), row_slot[part], targets[part], _part(out, part))
+        self._put_extra(out, self.extra_words[SamplerVariant.LOGPROBS])
 
-    def unpack_extra(self, extra: Int32Array) -> tuple[FloatArray, Int32Array, Int32Array]:
-        """Log-probabilities `[S, 1 + N]`, their token ids `[S, 1 + N]` and ranks `[S]`, by index of the active slot."""
-        slots, width = self.max_slots, 1 + MAX_LOGPROBS
-        wide = self._logprob_dtype == torch.float64
-        words = slots * width * (2 if wide else 1)
-        flat: FloatArray = extra[:words].view(np.float64) if wide else extra[:words].view(np.float32)
-        logprobs = flat.reshape(slots, width)
-        ids = extra[words : words + slots * width].reshape(slots, width)
-        return logprobs, ids, extra[words + slots * width :]
+    def _put_extra(self, out: SampleOutput, begin: int) -> None:
+        """Copies log-probabilities into the record, from word `begin` of its extra words on."""
+        words = torch.cat([tensor.reshape(-1).view(torch.int32) for tensor in _parts(out)])
+        begin += self.record.base_words
+        extra = self._io.ring[:, begin : begin + len(words)]
+        extra.index_copy_(0, self._io.counter.remainder(len(extra)).long(), words[None])
+
+    def unpack_logprobs(self, extra: Int32Array) -> LogprobArrays:
+        """Those of the output tokens, by index of the active slot."""
+        return self._unpack(extra, self.max_slots)
+
+    def unpack_prompt_logprobs(self, extra: Int32Array) -> LogprobArrays:
+        """Those of the tokens behind each row of the step."""
+        return self._unpack(extra[self.extra_words[SamplerVariant.LOGPROBS] :], self.max_rows)
+
+    def _unpack(self, words: Int32Array, count: int) -> LogprobArrays:
+        width, wide = 1 + MAX_LOGPROBS, self._logprob_dtype == torch.float64
+        ids = count * width * (2 if wide else 1)
+        ranks = ids + count * width
+        flat: FloatArray = words[:ids].view(np.float64) if wide else words[:ids].view(np.float32)
+        return flat.reshape(count, width), words[ids:ranks].reshape(count, width), words[ranks : ranks + count]
 
     def state(self) -> Sequence[torch.Tensor]:
         return self.state_of_slots.slots.all()
@@ -119,15 +145,32 @@ class DecoderProgram(StepProgram):
         return [self._out.tokens[: key.bucket], self._out.nan[: key.bucket]]
 
 
-def _allocate_output(max_slots: int, logprob_dtype: torch.dtype, device: torch.device) -> SampleOutput:
+def _parts(out: SampleOutput) -> list[torch.Tensor]:
+    """What a record carries of it: log-probabilities first, since they may be 8 bytes wide."""
+    assert out.logprobs is not None
+    assert out.logprob_ids is not None
+    assert out.rank is not None
+    return [out.logprobs, out.logprob_ids, out.rank]
+
+
+def _words(out: SampleOutput) -> int:
+    return sum(part.nbytes for part in _parts(out)) // 4
+
+
+def _part(out: SampleOutput, rows: slice) -> SampleOutput:
+    logprobs, ids, rank = _parts(out)
+    return SampleOutput(out.tokens[rows], out.nan[rows], logprobs[rows], ids[rows], rank[rows])
+
+
+def _allocate_output(count: int, logprob_dtype: torch.dtype, device: torch.device) -> SampleOutput:
     def ints(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=device)
 
     width = 1 + MAX_LOGPROBS
     return SampleOutput(
-        tokens=ints(max_slots),
-        nan=ints(max_slots),
-        logprobs=torch.zeros(max_slots, width, dtype=logprob_dtype, device=device),
-        logprob_ids=ints(max_slots, width),
-        rank=ints(max_slots),
+        tokens=ints(count),
+        nan=ints(count),
+        logprobs=torch.zeros(count, width, dtype=logprob_dtype, device=device),
+        logprob_ids=ints(count, width),
+        rank=ints(count),
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from graphexec.engine.detokenizer import Detokenizer
 from graphexec.engine.logprobs import TokenLogprobs
 from graphexec.engine.params import SamplingParams
+from graphexec.engine.stop_strings import StopMatch, StopStrings
 from graphexec.kernels.sample import SamplerVariant
 
 __all__ = ["FinishReason", "Request", "RequestOutput"]
@@ -26,21 +28,45 @@ class Request:
     seed: int
     max_len: int
     detokenizer: Detokenizer | None
+    stop_strings: StopStrings | None = None
+    biases: tuple[tuple[int, float], ...] = ()
+    index: int = 0
+    """Which of the samples of its prompt."""
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     finish_reason: FinishReason | None = None
     error: str | None = None
     slot: int | None = None
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose computation was scheduled while the prompt is being computed."""
+    text_tokens: int | None = None
+    """Output tokens whose text is shown, once a stop token or sequence has ended it; None for all."""
+    text_length: int | None = None
+    """Characters that are shown, once a stop string has ended it; None for all."""
 
     @property
     def variant(self) -> SamplerVariant:
         """The cheapest sampler that serves it."""
-        if self.params.logprobs is not None:
+        params = self.params
+        if params.logprobs is not None:
             return SamplerVariant.LOGPROBS
-        return SamplerVariant.GREEDY if self.params.temperature == 0 else SamplerVariant.SAMPLED
+        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        if penalties != (1.0, 0.0, 0.0) or self.biases:
+            return SamplerVariant.SHAPED
+        if params.temperature == 0:
+            return SamplerVariant.GREEDY
+        return SamplerVariant.SHAPED if params.top_k or params.top_p < 1 else SamplerVariant.SAMPLED
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Tells it from every other request, and from the other samples of its prompt."""
+        return self.request_id, self.index
+
+    def wants_prompt_logprobs(self, begin: int) -> bool:
+        """Whether a chunk that begins at that position reports log-probabilities that the user asked for."""
+        return self.params.prompt_logprobs is not None and begin < len(self.prompt_token_ids) - 1
 
     @property
     def num_tokens(self) -> int:
@@ -58,17 +84,39 @@ class Request:
         self.finish_reason = reason
         self.error = error
 
+    def finish_at_stop_token(self) -> None:
+        """Ends it by its last token: a stop token, or the last one of a stop sequence (the longest, of several)."""
+        self.finish_reason = "stop"
+        output, hidden = self.output_token_ids, 1
+        if output[-1] not in self.stop_ids:
+            sequences = (tuple(sequence) for sequence in self.params.stop_sequences)
+            hidden = max(len(each) for each in sequences if tuple(output[-len(each) :]) == each)
+        self.text_tokens = len(output) - hidden
+
+    def finish_at_stop_string(self, match: StopMatch) -> None:
+        """Ends it where a stop string was found."""
+        self.finish_reason = "stop"
+        self.text_length = match.begin
+
 
 class RequestOutput:
     """What a request has produced up to one step. Cheap to make: everything is looked up when it is asked for."""
 
-    __slots__ = ("_begin", "_end", "_request", "finished")
+    __slots__ = ("_begin", "_end", "_request", "_samples", "finished")
 
     def __init__(self, request: Request, begin: int, end: int, finished: bool) -> None:
         self._request = request
         self._begin = begin
         self._end = end
+        self._samples: tuple[RequestOutput, ...] | None = None
         self.finished = finished
+
+    @classmethod
+    def of_samples(cls, outputs: Sequence[RequestOutput]) -> RequestOutput:
+        """The first of several samples of one prompt, which also holds them all."""
+        first = outputs[0]
+        first._samples = tuple(outputs)
+        return first
 
     def __repr__(self) -> str:
         state = self.finish_reason or "running"
@@ -80,8 +128,23 @@ class RequestOutput:
         return RequestOutput(self._request, self._begin, later._end, later.finished)
 
     @property
+    def key(self) -> tuple[str, int]:
+        """Request id and index."""
+        return self._request.key
+
+    @property
     def request_id(self) -> str:
         return self._request.request_id
+
+    @property
+    def index(self) -> int:
+        """Which of the `n` samples of its prompt this is."""
+        return self._request.index
+
+    @property
+    def samples(self) -> tuple[RequestOutput, ...]:
+        """All samples of the prompt, in what `generate` returns; elsewhere this one alone."""
+        return self._samples or (self,)
 
     @property
     def prompt_token_ids(self) -> list[int]:
@@ -99,16 +162,20 @@ class RequestOutput:
 
     @property
     def text(self) -> str:
-        """Text of the output so far, without the stop token; empty if the model has no tokenizer.
+        """Text of the output so far, without what stopped it; empty if the model has no tokenizer.
 
-        While the request runs, an incomplete character at the end is held back.
+        While the request runs, an incomplete character at the end is held back, and what may become a stop string.
         """
         request = self._request
         if request.detokenizer is None:
             return ""
-        stopped = self.finished and request.finish_reason == "stop"
-        end = self._end - 1 if stopped else self._end
-        return request.detokenizer.text(request.output_token_ids, end, final=self.finished)
+        end = self._end
+        if self.finished and request.text_tokens is not None:
+            end = request.text_tokens
+        text = request.detokenizer.text(request.output_token_ids, end, final=self.finished)
+        if request.stop_strings is None:
+            return text
+        return text[: request.text_length if self.finished else request.stop_strings.safe_length(text)]
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -119,6 +186,12 @@ class RequestOutput:
     def logprobs(self) -> list[TokenLogprobs] | None:
         """One entry for each output token, or None if none were asked for."""
         return None if self._request.params.logprobs is None else self._request.logprobs[: self._end]
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """One entry for each prompt token, None for the first; None if none were asked for, or before any output."""
+        asked = self._request.params.prompt_logprobs is not None and self._end > 0
+        return list(self._request.prompt_logprobs) if asked else None
 
     @property
     def error(self) -> str | None:

@@ -6,6 +6,7 @@ what those steps may have done. No device access.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphexec.engine.blocks import BlockAllocator
-from graphexec.engine.request import FinishReason, Request
+from graphexec.engine.logprobs import PROMPT_LOGPROBS, PromptChunk
+from graphexec.engine.request import Request
 from graphexec.kernels.sample import SamplerVariant
 from graphexec.plan import StepPlan, StepResult
 from graphexec.slots import Admission, SlotDeltas, SlotLimits
@@ -30,12 +32,14 @@ class ScheduledStep:
         owners: request of each slot, or None.
         decodes: `[S]` bool, slots that are expected to decode (they do not if they stopped or parked before).
         is_mixed: whether there are prompt chunks of several tokens.
+        prompt_chunks: all chunks of the step, by slot, if it reports log-probabilities of a prompt; else empty.
     """
 
     plan: StepPlan
     owners: tuple[Request | None, ...]
     decodes: NDArray[np.bool_]
     is_mixed: bool
+    prompt_chunks: dict[int, PromptChunk]
 
 
 class Scheduler:
@@ -54,6 +58,7 @@ class Scheduler:
         self._retiring: list[tuple[int, int]] = []  # slots released by the delta of a step
         self._releases: list[int] = []  # slots whose release has not been submitted
         self._variants = dict.fromkeys(SamplerVariant, 0)
+        self._chunks: dict[int, PromptChunk] = {}  # of the step that is being scheduled
         self._decoding = np.zeros(limits.max_slots, dtype=bool)
         self._scheduled = np.zeros(limits.max_slots, dtype=np.int64)  # tokens computed once the steps in flight ran
         self._capacity = np.zeros(limits.max_slots, dtype=np.int64)  # tokens that the slot's KV blocks hold
@@ -117,8 +122,11 @@ class Scheduler:
             deltas.release(slot)
             self._retiring.append((slot, step))
         self._releases.clear()
-        plan = StepPlan(self._variant(), deltas if len(deltas) else None, len(chunks), sum(chunks))
-        return ScheduledStep(plan, tuple(self._owners), decodes, is_mixed=any(chunk > 1 for chunk in chunks))
+        prompt_chunks = self._take_prompt_chunks()
+        variant = PROMPT_LOGPROBS if prompt_chunks else self._variant()
+        plan = StepPlan(variant, deltas if len(deltas) else None, len(chunks), sum(chunks))
+        is_mixed = any(chunk > 1 for chunk in chunks)
+        return ScheduledStep(plan, tuple(self._owners), decodes, is_mixed, prompt_chunks)
 
     def missed(self, scheduled: ScheduledStep, result: StepResult) -> None:
         """Takes back the tokens of slots that were parked when they should have decoded."""
@@ -127,9 +135,8 @@ class Scheduler:
             if owner is not None and owner.finish_reason is None and owner.slot == slot:
                 self._scheduled[slot] -= 1
 
-    def finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        """Ends a request that the device has stopped: its slot is free for a new owner (F5: the step was collected)."""
-        request.finish(reason, error)
+    def retire(self, request: Request) -> None:
+        """Takes out a request that the device has stopped: its slot is free for a new owner (F5: it was collected)."""
         slot = self._detach(request)
         self._free_slots.append(slot)
 
@@ -174,29 +181,20 @@ class Scheduler:
             # One block for each running request is left alone, or the newcomer would soon be preempted for it.
             if needed + len(self._running) > self._allocator.free and self._running:
                 break
+            admission = _admission(request)
+            if not deltas.has_room_for(admission):
+                break
             blocks = self._allocator.take(needed)
             if blocks is None:
                 break
             self._waiting.popleft()
-            self._attach(deltas, request, blocks)
+            self._attach(deltas, request, admission, blocks)
             chunks.append(self._arm_chunk(deltas, request, budget))
             budget -= chunks[-1]
         return chunks
 
-    def _attach(self, deltas: SlotDeltas, request: Request, blocks: list[int]) -> None:
+    def _attach(self, deltas: SlotDeltas, request: Request, admission: Admission, blocks: list[int]) -> None:
         slot = self._free_slots.pop()
-        params = request.params
-        admission = Admission(
-            seq_len=0,
-            num_tokens=request.num_tokens,
-            max_len=request.max_len,
-            min_len=min(len(request.prompt_token_ids) + params.min_tokens, request.max_len),
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            seed=request.seed,
-            stop_ids=request.stop_ids,
-        )
         deltas.admit(slot, admission)
         request.slot, request.blocks = slot, blocks
         self._owners[slot] = request
@@ -212,7 +210,10 @@ class Scheduler:
         end = min(known, begin + budget)
         size = self._limits.block_size
         first_block, last_block = -(-begin // size), -(-end // size)
-        deltas.arm(slot, begin, request.tokens(begin, end))
+        # A log-probability needs the token behind the chunk's last one, if the prompt has one.
+        behind = request.params.prompt_logprobs is not None and end < len(request.prompt_token_ids)
+        deltas.arm(slot, begin, request.tokens(begin, end + behind), end - begin)
+        self._chunks[slot] = PromptChunk(begin, end)
         deltas.supply(slot, first_block, request.blocks[first_block:last_block])
         request.computed = end
         if end == known:
@@ -244,6 +245,35 @@ class Scheduler:
             self._retiring.remove(entry)
             self._free_slots.append(entry[0])
 
+    def _take_prompt_chunks(self) -> dict[int, PromptChunk]:
+        """The chunks of this step, if one of them is of a prompt whose log-probabilities were asked for."""
+        chunks, self._chunks = self._chunks, {}
+        owners = ((self._owners[slot], chunk) for slot, chunk in chunks.items())
+        asked = any(owner and owner.wants_prompt_logprobs(chunk.begin) for owner, chunk in owners)
+        return chunks if asked else {}
+
     def _variant(self) -> str:
         running = [variant for variant, count in self._variants.items() if count]
         return max(running, default=SamplerVariant.GREEDY).value
+
+
+def _admission(request: Request) -> Admission:
+    params, prompt_len = request.params, len(request.prompt_token_ids)
+    return Admission(
+        seq_len=0,
+        num_tokens=request.num_tokens,
+        max_len=request.max_len,
+        min_len=min(prompt_len + params.min_tokens, request.max_len),
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        seed=request.seed,
+        stop_ids=request.stop_ids,
+        prompt_len=prompt_len,
+        log_min_p=math.log(params.min_p) if params.min_p > 0 else -math.inf,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        biases=request.biases,
+        stop_sequences=tuple(map(tuple, params.stop_sequences)),
+    )

@@ -17,27 +17,28 @@ __all__ = ["RequestStream"]
 class RequestStream(Iterator[RequestOutput]):
     """The outputs of one request. Closing it, or losing the last reference to it, aborts the request."""
 
-    def __init__(self, engine: Engine, request_id: str) -> None:
+    def __init__(self, engine: Engine, request_id: str, num_samples: int) -> None:
         self.request_id = request_id
         self._engine = engine
         self._ready: deque[RequestOutput] = deque()
-        self._finished = False
+        self._running = num_samples
 
     def __next__(self) -> RequestOutput:
-        while not self._ready and not self._finished:
+        while not self._ready and self._running:
             outputs = self._engine.advance_for(self.request_id)
-            self._finished = outputs is None
+            if outputs is None:
+                self._running = 0
             self._ready.extend(outputs or ())
         if not self._ready:
             raise StopIteration
         output = self._ready.popleft()
-        self._finished = output.finished
+        self._running -= output.finished
         return output
 
     def close(self) -> None:
         """Aborts the request if it has not finished."""
-        if not self._finished:
-            self._finished = True
+        if self._running:
+            self._running = 0
             self._engine.abandon(self.request_id)
 
     def __del__(self) -> None:

@@ -21,8 +21,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Iterator[Engine]:
     config = EngineConfig(
-        model=str(checkpoint), device="cpu", max_num_seqs=2, max_model_len=64, num_kv_blocks=4, max_stop_token_ids=3
-    )
+        model=str(checkpoint), device="cpu", max_num_seqs=2, max_model_len=64, num_kv_blocks=4, max_stop_token_ids=3,
+        max_stop_sequences=2, max_stop_sequence_tokens=3, max_biased_token_ids=2,
+    )  # fmt: skip
     with Engine(config) as engine:
         yield engine
 
@@ -80,6 +81,29 @@ def test_too_many_stop_tokens_are_refused_by_number(engine: Engine) -> None:
         engine.add_request([5], SamplingParams(stop_token_ids=[7, 8, 9]))
 
 
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (SamplingParams(stop_sequences=[[5]] * 3), r"3 stop_sequences.*Raise max_stop_sequences"),
+        (SamplingParams(stop_sequences=[[5] * 4]), r"4 tokens.*Raise max_stop_sequence_tokens"),
+        (SamplingParams(logit_bias={5: 1, 6: 1}, bad_token_ids=[7]), r"3 tokens.*Raise max_biased_token_ids"),
+        (SamplingParams(logit_bias={96: 1}), "logit_bias has the token id 96, outside the vocabulary of 96"),
+        (SamplingParams(bad_token_ids=[96]), "bad_token_ids has the token id 96"),
+        (SamplingParams(stop="a"), "no tokenizer"),
+    ],
+)
+def test_what_the_engine_or_the_model_does_not_hold_is_refused_by_name(
+    engine: Engine, params: SamplingParams, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        engine.add_request([5], params)
+
+
+def test_several_greedy_samples_are_refused() -> None:
+    with pytest.raises(RequestError, match="n=2 is not possible"):
+        SamplingParams(n=2, temperature=0)
+
+
 def test_parameters_for_another_number_of_prompts_are_refused(engine: Engine) -> None:
     with pytest.raises(RequestError, match="2 prompts and 1"):
         engine.generate([[5], [6]], [SamplingParams()])
@@ -107,6 +131,29 @@ def test_parameters_for_another_number_of_prompts_are_refused(engine: Engine) ->
         ("temperature", 10**400),
         ("stop_token_ids", (1.5,)),
         ("stop_token_ids", 7),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", float("inf")),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", float("nan")),
+        ("frequency_penalty", -2.5),
+        ("logit_bias", {5: 101}),
+        ("logit_bias", {-1: 1}),
+        ("logit_bias", {5: float("nan")}),
+        ("logit_bias", [5]),
+        ("bad_token_ids", [-2]),
+        ("bad_token_ids", "a"),
+        ("prompt_logprobs", 21),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", [5]),
+        ("stop", 5),
+        ("stop_sequences", [[]]),
+        ("stop_sequences", [5]),
+        ("stop_sequences", [[1, -1]]),
+        ("n", 0),
+        ("n", 1025),
     ],
 )
 def test_an_impossible_sampling_value_is_refused_by_name(name: str, value: object) -> None:

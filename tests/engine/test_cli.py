@@ -69,11 +69,11 @@ def test_warmup_captures_the_ladder_and_writes_the_manifest(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     written = json.loads(manifest.read_text())
     assert [(graph["key"]["bucket"], graph["key"]["variant"]) for graph in written["graphs"]] == [
-        (bucket, variant) for bucket in (3, 1) for variant in ("greedy", "sampled", "logprobs")
+        (bucket, variant) for bucket in (3, 1) for variant in ("greedy", "sampled", "shaped", "logprobs")
     ]
     assert all(graph["verified"] for graph in written["graphs"])
     assert written["missing"] == {}
-    assert "6 graphs on cpu" in done.stderr
+    assert "8 graphs on cpu" in done.stderr
 
 
 def test_capture_sizes_of_a_file_set_the_slots_of_generate(tmp_path: Path) -> None:

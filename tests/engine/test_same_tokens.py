@@ -10,12 +10,16 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from graphexec import BackendConfig, Engine, EngineConfig, SamplingParams
 from graphexec.engine.request import Request
 from tests.support.checkpoints import make_checkpoint
-from tests.support.traffic import Arrival, Outcome, replay, traffic
+from tests.support.plain import PlainModel
+from tests.support.traffic import Arrival, Outcome, PlainLogprob, random_params, replay, traffic
 
 # backend, depth, KV blocks of 8 tokens (24 hold three long requests of eight), whether prompt chunks overlap
 SETTINGS = [
@@ -64,17 +68,30 @@ def engine(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Engine]
         yield engine
 
 
-def assert_same(actual: Outcome, expected: Outcome, was_aborted: bool) -> None:
+def assert_same(actual: Outcome, expected: Outcome, was_aborted: bool, tolerance: float = 1e-9) -> None:
     if was_aborted and actual.finish_reason == "abort":
         assert actual.tokens == expected.tokens[: len(actual.tokens)]
         return
     assert actual.tokens == expected.tokens
     assert actual.finish_reason == expected.finish_reason
-    if expected.logprobs is not None:
-        assert actual.logprobs is not None
-        assert [entry[::2] for entry in actual.logprobs] == [entry[::2] for entry in expected.logprobs]
-        for (_, value, _), (_, wanted, _) in zip(actual.logprobs, expected.logprobs, strict=True):
-            assert value == pytest.approx(wanted, abs=1e-9)
+    assert_same_logprobs(actual.logprobs, expected.logprobs, tolerance)
+    assert_same_logprobs(actual.prompt_logprobs, expected.prompt_logprobs, tolerance)
+
+
+def assert_same_logprobs(
+    actual: tuple[PlainLogprob | None, ...] | None,
+    expected: tuple[PlainLogprob | None, ...] | None,
+    tolerance: float,
+) -> None:
+    if actual is None or expected is None:
+        assert actual is expected
+        return
+    for entry, wanted in zip(actual, expected, strict=True):
+        if entry is None or wanted is None:
+            assert entry is wanted
+            continue
+        assert entry[::2] == wanted[::2]
+        assert entry[1] == pytest.approx(wanted[1], abs=tolerance)
 
 
 @settings(max_examples=12, deadline=None)
@@ -84,6 +101,22 @@ def test_a_request_gets_the_tokens_it_gets_alone(engine: Engine, alone: Engine, 
     for arrival, outcome in zip(arrivals, outcomes, strict=True):
         (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
         assert_same(outcome, expected, arrival.abort_after is not None)
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint: Path) -> PlainModel:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64).eval()
+    return PlainModel(model, eos_token_id=1, max_model_len=80)
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.lists(st.integers(2, 95), min_size=1, max_size=40).map(tuple), params=random_params())
+def test_every_parameter_means_what_plain_torch_makes_of_it(
+    alone: Engine, plain: PlainModel, prompt: tuple[int, ...], params: SamplingParams
+) -> None:
+    (outcome,) = replay(alone, [Arrival(0, prompt, params)])
+    # transformers computes angles in float32.
+    assert_same(outcome, plain.run(prompt, params), was_aborted=False, tolerance=1e-5)
 
 
 @settings(max_examples=6, deadline=None)

@@ -13,6 +13,7 @@ import torch
 
 from examples.collatz import run as run_collatz
 from graphexec import BackendConfig, Engine, EngineConfig, SamplingParams
+from graphexec.kernels.sample import SamplerVariant
 from tests.support.checkpoints import make_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -57,8 +58,16 @@ def requests(count: int) -> list[tuple[list[int], SamplingParams]]:
             temperature=[0.0, 0.8, 1.2][index % 3],
             top_k=[0, 20, 0, 5][index % 4],
             top_p=[1.0, 0.9][index % 2],
+            min_p=[0.0, 0.02][index // 2 % 2],
+            repetition_penalty=[1.0, 1.0, 1.25][index % 3],
+            presence_penalty=[0.0, 0.5][index // 3 % 2],
+            frequency_penalty=[0.0, 0.0, 0.0, 0.25][index % 4],
+            logit_bias={7: 2.5, 300 + index: -4.0} if index % 4 == 1 else {},
+            bad_token_ids=[index, 2047] if index % 7 == 2 else [],
+            stop_sequences=[[index, 5], [9]] if index % 3 == 1 else [],
             seed=index,
             logprobs=2 if index % 5 == 0 else None,
+            prompt_logprobs=1 if index % 6 == 4 else None,
         )
         for index in range(count)
     ]
@@ -94,13 +103,14 @@ def test_with_one_bucket_graphs_depths_and_batch_mates_change_no_token(checkpoin
 @pytest.mark.parametrize("depth", [0, 1, 2, 4])
 def test_the_same_steps_as_graphs_or_eagerly_agree_in_every_bit(checkpoint: Path, dtype: str, depth: int) -> None:
     wanted = [
-        (prompt, replace(params, logprobs=3, max_tokens=24, ignore_eos=True)) for prompt, params in requests(8)
+        (prompt, replace(params, logprobs=3, max_tokens=24, ignore_eos=True, stop_sequences=()))
+        for prompt, params in requests(8)
     ]  # as many as there are slots, and of one length: both engines make the same steps
     produced = []
     for name in ("eager", "cudagraph"):
         with open_engine(checkpoint, one_bucket(name, depth), dtype, max_num_batched_tokens=256) as engine:
             outputs = engine.generate([prompt for prompt, _ in wanted], [params for _, params in wanted])
-            produced.append([(output.token_ids, output.logprobs) for output in outputs])
+            produced.append([(output.token_ids, output.logprobs, output.prompt_logprobs) for output in outputs])
     assert produced[0] == produced[1]
 
 
@@ -168,7 +178,7 @@ def test_a_cache_sized_by_the_free_memory_leaves_room_to_run(checkpoint: Path) -
 def test_the_manifest_describes_real_graphs(checkpoint: Path) -> None:
     with open_engine(checkpoint, BackendConfig(), compile="off") as engine:
         graphs = engine.manifest.graphs
-    assert [graph.key.bucket for graph in graphs] == [size for size in (8, 4, 2, 1) for _ in range(3)]
+    assert [graph.key.bucket for graph in graphs] == [size for size in (8, 4, 2, 1) for _ in SamplerVariant]
     assert all(graph.verified and graph.kernels > 30 for graph in graphs)
     assert len({graph.fingerprint for graph in graphs}) == len(graphs)
 

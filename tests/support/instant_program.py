@@ -158,13 +158,13 @@ class InstantProgram(StepProgram):
     """Counting slots. The variant "doubled" also reports twice each token, by active slot, as extra words."""
 
     variants = ("plain", "doubled")
-    variants_with_extra = frozenset({"doubled"})
 
     def __init__(self, limits: SlotLimits, runtime: WatchedRuntime) -> None:
         self.limits = limits
         self.max_slots, self.max_rows = limits.max_slots, limits.max_rows
         self.staging_words = limits.staging_words
         self.record = RecordLayout(limits.max_slots, extra_words=limits.max_slots)
+        self.extra_words = {"doubled": limits.max_slots}
         self.state_of_slots = SlotState(limits, runtime.device)
         self.mischief = Mischief()
         self.ran: list[GraphKey] = []

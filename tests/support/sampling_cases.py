@@ -51,21 +51,43 @@ class SamplingCase:
 
 
 def make_state(size: int, stops: int = 2, **changes: object) -> SamplingState:
-    """Greedy slots without filters, except for `changes` (a list by slot, or one value for all)."""
+    """Greedy slots without filters, except for `changes` (a list by slot, or one value for all).
+
+    `biases` is a dict by slot from id to value; `tokens` a list of ids by slot.
+    """
     defaults = {
         "temperature": (0.0, torch.float32),
+        "log_min_p": (float("-inf"), torch.float32),
         "top_k": (0, torch.int32),
         "top_p": (1.0, torch.float32),
         "seed": (0, torch.int64),
         "num_tokens": (0, torch.int32),
         "min_len": (0, torch.int32),
+        "prompt_len": (0, torch.int32),
+        "repetition_penalty": (1.0, torch.float32),
+        "presence_penalty": (0.0, torch.float32),
+        "frequency_penalty": (0.0, torch.float32),
     }
     columns = {}
     for name, (default, dtype) in defaults.items():
         value = changes.get(name, default)
         columns[name] = torch.tensor(value if isinstance(value, list) else [value] * size, dtype=dtype)
     stop_ids = changes.get("stop_ids", [[-1] * stops] * size)
-    return SamplingState(**columns, stop_ids=torch.tensor(stop_ids, dtype=torch.int32).reshape(size, -1))
+    bias_ids, bias_values = torch.full((size, 5), -1, dtype=torch.int32), torch.full((size, 5), float("nan"))
+    for slot, biases in enumerate(changes.get("biases", [])):
+        for entry, (token, value) in enumerate(biases.items()):
+            bias_ids[slot, 4 - entry], bias_values[slot, 4 - entry] = token, value
+    tokens = changes.get("tokens", [[]] * size)
+    token_ids = torch.full((size, 301), 0, dtype=torch.int32)
+    for slot, ids in enumerate(tokens):
+        token_ids[slot, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+    return SamplingState(
+        **columns,
+        stop_ids=torch.tensor(stop_ids, dtype=torch.int32).reshape(size, -1),
+        bias_ids=bias_ids,
+        bias_values=bias_values,
+        token_ids=token_ids,
+    )
 
 
 def _make_logits(style: str, rows: int, vocabulary: int, generator: torch.Generator) -> torch.Tensor:
@@ -104,14 +126,26 @@ def sampling_cases(
         return draw(st.lists(st.sampled_from(values), min_size=size, max_size=size))
 
     stops = [[draw(st.integers(-1, min(vocabulary, 8) - 1)), -1, vocabulary - 1] for _ in range(size)]
+    num_tokens = draw(st.lists(st.sampled_from([0, 1, 20, 130]), min_size=size, max_size=size))
+    few_ids = max(1, min(vocabulary, draw(st.sampled_from([3, 40, 6000]))))
+    bias = st.sampled_from([float("-inf"), -100.0, -1.5, 0.5, 4.0, 100.0])
+    biases = st.just({}) | st.dictionaries(st.integers(0, vocabulary - 1), bias, max_size=5)
     state = make_state(
         size,
+        tokens=[torch.randint(few_ids, (count,), generator=generator).tolist() for count in num_tokens],
+        prompt_len=[draw(st.integers(0, count)) for count in num_tokens],
+        repetition_penalty=by_slot([1.0, 1.0, 1.25, 2.0, 0.5]),
+        # These multiply without rounding, so that a fused multiplication and addition gives the same.
+        presence_penalty=by_slot([0.0, 0.0, 0.75, -0.5]),
+        frequency_penalty=by_slot([0.0, 0.0, 0.25, -1.5]),
+        biases=draw(st.lists(biases, min_size=size, max_size=size)),
+        log_min_p=by_slot([float("-inf"), float("-inf"), -0.1, -1.0, -4.0, 0.0]),
         temperature=by_slot([0.0, 0.01, 0.6, 1.0, 2.5]),
         top_k=by_slot([0, 0, 1, 2, 5, 50, 6000]),
         top_p=by_slot([1.0, 1.0, 0.999, 0.9, 0.5, 0.01, 0.0]),
         seed=draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=size, max_size=size)),
-        num_tokens=draw(st.lists(st.integers(0, 300), min_size=size, max_size=size)),
-        min_len=by_slot([0, 0, 150, 1000]),
+        num_tokens=num_tokens,
+        min_len=by_slot([0, 0, 21, 1000]),
         stop_ids=stops,
     )
     stride = vocabulary + draw(st.sampled_from([0, 3, 16]))
@@ -131,6 +165,7 @@ def crowded_case(dtype: torch.dtype, rows: int, vocabulary: int) -> SamplingCase
         top_p=[(1.0, 0.95, 0.6, 0.3, 0.999)[slot % 5] for slot in range(rows)],
         seed=[slot * 0x9E3779B97F4A7C15 % 2**63 for slot in range(rows)],
         num_tokens=list(range(rows)),
+        log_min_p=[(float("-inf"), -3.0, -6.0)[slot // 2 % 3] for slot in range(rows)],
     )
     return SamplingCase(logits, torch.arange(rows, dtype=torch.int32).flip(0), state)
 
@@ -174,13 +209,40 @@ def run_reference(case: SamplingCase, variant: SamplerVariant, top: int = 4) -> 
     """What the reference writes, on the CPU."""
     dtype = torch.float64 if case.logits.dtype == torch.float64 else torch.float32
     out = poisoned_output(case.logits.shape[0], top, "cpu", dtype)
-    sample_reference(case.logits, case.slots, case.state, variant, out)
+    sample_reference(case.logits.clone(), case.slots, case.state, variant, out)
     return out
 
 
-def masked_row(case: SamplingCase, row: int) -> torch.Tensor:
-    """float64 `[V]`: the row after the minimum-length mask."""
-    slot, values = int(case.slots[row]), case.logits[row].double().clone()
+def adjusted_row(case: SamplingCase, row: int) -> torch.Tensor:
+    """`[V]`: the row with bias and penalties, id by id, rounded to the type of the logits after either."""
+    slot, state, values = int(case.slots[row]), case.state, case.logits[row].clone()
+
+    def rounded(value: torch.Tensor) -> torch.Tensor:
+        return value.to(values.dtype)
+
+    def wide(value: torch.Tensor) -> torch.Tensor:
+        return value if value.dtype == torch.float64 else value.float()
+
+    for token, bias in zip(state.bias_ids[slot].tolist(), state.bias_values[slot], strict=True):
+        if token >= 0:
+            values[token] = rounded(wide(values[token]) + bias)
+    sequence = state.token_ids[slot, : state.num_tokens[slot]].tolist()
+    output = sequence[state.prompt_len[slot] :]
+    repetition, presence, frequency = (
+        float(t[slot]) for t in (state.repetition_penalty, state.presence_penalty, state.frequency_penalty)
+    )
+    for token in set(sequence):
+        value = wide(values[token])
+        value = value / repetition if value > 0 else value * repetition
+        value = value - frequency * output.count(token)
+        values[token] = rounded(value - presence * (token in output))
+    return values
+
+
+def masked_row(case: SamplingCase, row: int, variant: SamplerVariant) -> torch.Tensor:
+    """float64 `[V]`: the row after bias and penalties, where the variant has them, and the minimum-length mask."""
+    slot = int(case.slots[row])
+    values = (adjusted_row(case, row) if variant >= SamplerVariant.SHAPED else case.logits[row].clone()).double()
     if case.state.num_tokens[slot] < case.state.min_len[slot]:
         for stop in case.state.stop_ids[slot].tolist():
             if 0 <= stop < len(values):
@@ -193,11 +255,13 @@ def scaled_row(values: torch.Tensor, temperature: float) -> torch.Tensor:
     return torch.where(values == values.max(), 0.0, (values - values.max()) / temperature)
 
 
-def kept_by_sorting(values: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """bool `[V]`: top-k, then top-p, from their definitions: whole groups of equal logits, from the top."""
-    keep = torch.ones(len(values), dtype=torch.bool)
+def kept_by_sorting(
+    values: torch.Tensor, temperature: float, top_k: int, top_p: float, log_min_p: float = float("-inf")
+) -> torch.Tensor:
+    """bool `[V]`: min-p, top-k, then top-p, from their definitions: whole groups of equal logits, from the top."""
+    keep = scaled_row(values, temperature) >= log_min_p
     if 0 < top_k < len(values):
-        keep = values >= sorted(values.tolist(), reverse=True)[top_k - 1]
+        keep &= values >= sorted(values.tolist(), reverse=True)[top_k - 1]
     if top_p < 1:
         weights = torch.where(keep, scaled_row(values, temperature).exp(), 0.0)
         distinct, group = values.unique(return_inverse=True)
@@ -219,18 +283,21 @@ def noise_row(case: SamplingCase, row: int) -> torch.Tensor:
     return -(-uniform_reference(word, torch.float64).log()).log()
 
 
-def defensible(case: SamplingCase, row: int, token: int) -> bool:
+def defensible(case: SamplingCase, row: int, token: int, variant: SamplerVariant) -> bool:
     """Whether rounding of scores and masses can explain `token`."""
-    slot, state, values = int(case.slots[row]), case.state, masked_row(case, row)
+    slot, state, values = int(case.slots[row]), case.state, masked_row(case, row, variant)
     if not 0 <= token < len(values):
         return False
     temperature, top_k, top_p = (float(t[slot]) for t in (state.temperature, state.top_k, state.top_p))
     if temperature <= 0:
         return token == int(values.argmax())
+    log_min_p = float(state.log_min_p[slot])
+    if variant is SamplerVariant.SAMPLED:
+        top_k, top_p = 0.0, 1.0
     loose_p = top_p + MASS_ROUNDING if top_p < 1 else 1.0
     strict_p = top_p - MASS_ROUNDING if top_p < 1 else 1.0
-    loose = kept_by_sorting(values, temperature, int(top_k), loose_p)
-    strict = kept_by_sorting(values, temperature, int(top_k), strict_p)
+    loose = kept_by_sorting(values, temperature, int(top_k), loose_p, log_min_p - SCORE_ROUNDING)
+    strict = kept_by_sorting(values, temperature, int(top_k), strict_p, min(log_min_p + SCORE_ROUNDING, 0.0))
     scores = scaled_row(values, temperature) + noise_row(case, row)
     return bool(loose[token]) and float(scores[token]) >= float(scores[strict].max()) - SCORE_ROUNDING
 
@@ -246,14 +313,14 @@ def check_kernel_agrees_with_reference(case: SamplingCase, variant: SamplerVaria
                 assert (getattr(kernel, name)[row] == POISON).all(), f"{name}: a padding row was written"
                 assert (getattr(reference, name)[row] == POISON).all(), f"{name}: a padding row was written"
             continue
-        check_flag(case, row, kernel)
+        check_flag(case, row, kernel, variant)
         if kernel.nan[row]:
             assert kernel.tokens[row] == 0
         elif variant is SamplerVariant.GREEDY:
-            assert kernel.tokens[row] == reference.tokens[row] == masked_row(case, row).argmax()
+            assert kernel.tokens[row] == reference.tokens[row] == masked_row(case, row, variant).argmax()
         else:
-            assert defensible(case, row, int(reference.tokens[row]))
-            assert defensible(case, row, int(kernel.tokens[row]))
+            assert defensible(case, row, int(reference.tokens[row]), variant)
+            assert defensible(case, row, int(kernel.tokens[row]), variant)
             differing += int(kernel.tokens[row] != reference.tokens[row])
         if variant is SamplerVariant.LOGPROBS:
             check_logprobs(case, row, kernel, 1e-4)
@@ -263,9 +330,10 @@ def check_kernel_agrees_with_reference(case: SamplingCase, variant: SamplerVaria
     return differing
 
 
-def check_flag(case: SamplingCase, row: int, out: SampleOutput) -> None:
+def check_flag(case: SamplingCase, row: int, out: SampleOutput, variant: SamplerVariant) -> None:
     """A row is flagged exactly when it holds a NaN or leaves nothing finite to choose."""
-    expected = bool(case.logits[row].isnan().any()) or not bool(masked_row(case, row).isfinite().any())
+    values = adjusted_row(case, row) if variant >= SamplerVariant.SHAPED else case.logits[row]
+    expected = bool(values.isnan().any()) or not bool(masked_row(case, row, variant).isfinite().any())
     assert bool(out.nan[row]) == expected
 
 

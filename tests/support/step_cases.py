@@ -37,6 +37,8 @@ class SlotCase:
     min_len: int = 0
     parked: int = 0
     stop_ids: tuple[int, ...] = ()
+    prompt_len: int = 0
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,18 +58,27 @@ class StepCase:
         limits = self.limits
         generator = torch.Generator().manual_seed(len(self.slots) + self.rows)
         tensors = SlotTensors.allocate(
-            limits.max_slots, limits.max_stop_ids, limits.max_blocks, limits.max_tokens + 1, torch.device("cpu")
+            limits.max_slots,
+            limits.max_stop_ids,
+            limits.max_blocks,
+            limits.max_tokens + 1,
+            torch.device("cpu"),
+            max_biases=limits.max_biases,
+            stop_sequences=(limits.max_stop_sequences, limits.max_stop_sequence_tokens),
         )
-        tensors.token_ids.copy_(torch.randint(0, VOCABULARY, tensors.token_ids.shape, generator=generator))
+        tensors.stop_sequences.fill_(POISON)  # what lies beyond those in use must not matter
+        # Few ids, so that sequences of several tokens are met.
+        tensors.token_ids.copy_(torch.randint(0, 3, tensors.token_ids.shape, generator=generator))
         tensors.block_tables.copy_(torch.randint(1, 100, tensors.block_tables.shape, generator=generator))
         tensors.last_delta[0] = self.last_delta
         for index, slot in enumerate(self.slots):
             for name in ("query_len", "seq_len"):
                 getattr(tensors, name + "s")[index] = getattr(slot, name)
-            for name in ("num_tokens", "num_blocks", "max_len", "min_len", "parked"):
+            for name in ("num_tokens", "num_blocks", "max_len", "min_len", "parked", "prompt_len"):
                 getattr(tensors, name)[index] = getattr(slot, name)
             tensors.stop_ids[index, : len(slot.stop_ids)] = torch.tensor(slot.stop_ids, dtype=torch.int32)
             tensors.block_tables[index, slot.num_blocks :] = NOWHERE
+            put_sequences(tensors, index, slot.stop_sequences)
         return _on(tensors, device)
 
     @property
@@ -82,8 +93,19 @@ class StepCase:
         return not self.active and any(slot.query_len for slot in self.slots)
 
 
+def put_sequences(tensors: SlotTensors, slot: int, sequences: tuple[tuple[int, ...], ...]) -> None:
+    """Writes a slot's stop sequences as SlotTensors describes them."""
+    tensors.num_stop_sequences[slot] = len(sequences)
+    for entry, sequence in enumerate(sequences):
+        padding = [-1] * (tensors.stop_sequences.shape[2] - len(sequence))
+        tensors.stop_sequences[slot, entry] = torch.tensor([*padding, *sequence], dtype=torch.int32)
+
+
 def make_limits(max_slots: int = 4, max_blocks: int = 5, block_size: int = 8, stop_ids: int = 2) -> SlotLimits:
-    return SlotLimits(max_slots, max_blocks * block_size, max_slots * max_blocks * block_size, block_size, stop_ids)
+    return SlotLimits(
+        max_slots, max_blocks * block_size, max_slots * max_blocks * block_size, block_size, stop_ids,
+        max_biases=5, max_stop_sequences=3, max_stop_sequence_tokens=4,
+    )  # fmt: skip
 
 
 def many_slots(max_slots: int) -> StepCase:
@@ -114,6 +136,9 @@ BROKEN_CASES = (
 )
 
 
+_sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple), max_size=3)
+
+
 @st.composite
 def slot_cases(draw: st.DrawFn, limits: SlotLimits) -> SlotCase:
     """A slot that is idle, decodes, computes a chunk (the last of its prompt or not), or waits for a block."""
@@ -142,6 +167,8 @@ def slot_cases(draw: st.DrawFn, limits: SlotLimits) -> SlotCase:
         min_len=draw(st.sampled_from([0, num_tokens - 1, num_tokens, num_tokens + 1])),
         parked=int(kind == "parked"),
         stop_ids=tuple(draw(st.lists(st.integers(0, 4), max_size=limits.max_stop_ids))),
+        prompt_len=draw(st.sampled_from([0, max(num_tokens - 2, 0), num_tokens])),
+        stop_sequences=tuple(draw(_sequences)),
     )
 
 
@@ -291,7 +318,9 @@ def _run_slot(case: StepCase, after: SlotTensors, index: int, token: int, is_nan
         return 0, FinishCode.NAN, -1
     after.token_ids[index, slot.num_tokens] = token
     after.num_tokens[index] = slot.num_tokens + 1
-    if token in slot.stop_ids and slot.num_tokens >= slot.min_len:
+    output = after.token_ids[index, slot.prompt_len : slot.num_tokens + 1].tolist()
+    completes = any(output[-len(sequence) :] == list(sequence) for sequence in slot.stop_sequences)
+    if (token in slot.stop_ids or completes) and slot.num_tokens >= slot.min_len:
         return 1, FinishCode.STOP, token
     if slot.num_tokens + 1 >= slot.max_len:
         return 1, FinishCode.LENGTH, token
@@ -331,6 +360,7 @@ class ApplyCase:
             if delta.released:
                 batch.release(delta.slot)
             if delta.admission is not None:
+                assert batch.has_room_for(delta.admission)
                 batch.admit(delta.slot, delta.admission)
             if delta.armed is not None:
                 first, count = delta.armed
@@ -343,6 +373,9 @@ class ApplyCase:
         return words
 
 
+_biases = st.dictionaries(st.integers(0, 2**31 - 1), st.floats(width=32, allow_nan=False), max_size=5).map(
+    lambda biases: tuple(biases.items())
+)
 _admissions = st.builds(
     Admission,
     seq_len=st.integers(0, 3),
@@ -354,6 +387,16 @@ _admissions = st.builds(
     top_p=st.sampled_from([1.0, 0.9, 0.1]),
     seed=st.integers(0, 2**63 - 1) | st.sampled_from([2**31, 2**32 - 1, 2**32, 2**63 - 1]),
     stop_ids=st.just(()),
+    prompt_len=st.integers(0, 9),
+    log_min_p=st.sampled_from([float("-inf"), -0.1]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    presence_penalty=st.sampled_from([0.0, -2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.7]),
+    biases=st.just(())
+    | st.dictionaries(st.integers(0, 2**31 - 1), st.floats(width=32, allow_nan=False), max_size=5).map(
+        lambda biases: tuple(biases.items())
+    ),
+    stop_sequences=_sequences.map(tuple),
 )
 
 
@@ -364,13 +407,17 @@ def apply_cases(draw: st.DrawFn) -> ApplyCase:
     limits = state.limits
     order = draw(st.permutations(range(limits.max_slots)))
     chosen = order[: draw(st.integers(0, limits.max_slots))]
-    budget = limits.max_rows
+    budget, with_lists = limits.max_rows, 2
     deltas = []
     for slot in chosen:
         delta = DeltaCase(slot, released=draw(st.integers(0, 3)) == 0)
         if draw(st.booleans()):
             stops = tuple(draw(st.lists(st.integers(0, VOCABULARY), max_size=limits.max_stop_ids)))
             delta = replace(delta, admission=replace(draw(_admissions), stop_ids=stops))
+            if with_lists == 0:
+                delta = replace(delta, admission=replace(delta.admission, biases=(), stop_sequences=()))
+            elif delta.admission.biases or delta.admission.stop_sequences:
+                with_lists -= 1
         if draw(st.booleans()):
             first = draw(st.integers(0, limits.max_tokens - 1))
             count = min(draw(st.integers(1, limits.max_tokens - first)), budget)
@@ -424,8 +471,15 @@ def _expected_slots(case: ApplyCase) -> SlotTensors:
 
 
 def _admit(slots: SlotTensors, index: int, admission: Admission) -> None:
-    for name in ("num_tokens", "max_len", "min_len", "temperature", "top_k", "top_p", "seed"):
+    for name in (
+        "num_tokens", "prompt_len", "max_len", "min_len", "temperature", "top_k", "top_p", "log_min_p", "seed",
+        "repetition_penalty", "presence_penalty", "frequency_penalty",
+    ):  # fmt: skip
         getattr(slots, name)[index] = getattr(admission, name)
+    slots.bias_ids[index] = -1
+    for entry, (token, value) in enumerate(admission.biases):
+        slots.bias_ids[index, entry], slots.bias_values[index, entry] = token, value
+    put_sequences(slots, index, admission.stop_sequences)
     slots.seq_lens[index] = admission.seq_len
     slots.stop_ids[index] = -1
     for entry, token in enumerate(admission.stop_ids):

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from graphexec import Engine, RequestOutput, SamplingParams
+from graphexec.engine.logprobs import TokenLogprobs
 
-__all__ = ["Arrival", "Outcome", "replay", "traffic"]
+__all__ = ["Arrival", "Outcome", "PlainLogprob", "random_params", "replay", "traffic"]
+
+PlainLogprob = tuple[int, float, int]
+"""Token, log-probability, rank."""
 
 _VOCABULARY = 96
+_tokens = st.integers(0, _VOCABULARY - 1)
 
 
 @dataclass(frozen=True)
@@ -29,19 +34,25 @@ class Outcome:
 
     tokens: tuple[int, ...]
     finish_reason: str | None
-    logprobs: tuple[tuple[int, float, int], ...] | None
+    logprobs: tuple[PlainLogprob, ...] | None
+    prompt_logprobs: tuple[PlainLogprob | None, ...] | None = None
 
     @classmethod
     def of(cls, output: RequestOutput) -> Outcome:
-        logprobs = output.logprobs
+        logprobs, prompt_logprobs = output.logprobs, output.prompt_logprobs
         return cls(
             tuple(output.token_ids),
             output.finish_reason,
-            None if logprobs is None else tuple((entry.token_id, entry.logprob, entry.rank) for entry in logprobs),
+            None if logprobs is None else tuple(map(_plain, logprobs)),
+            None if prompt_logprobs is None else (None, *map(_plain, prompt_logprobs[1:])),
         )
 
 
-def _params() -> st.SearchStrategy[SamplingParams]:
+def _plain(entry: TokenLogprobs) -> PlainLogprob:
+    return entry.token_id, entry.logprob, entry.rank
+
+
+def random_params() -> st.SearchStrategy[SamplingParams]:
     return st.builds(
         _build_params,
         max_tokens=st.integers(1, 24),
@@ -49,11 +60,20 @@ def _params() -> st.SearchStrategy[SamplingParams]:
         temperature=st.sampled_from([0.0, 0.0, 0.7, 1.5]),
         top_k=st.sampled_from([0, 0, 1, 5, 40]),
         top_p=st.sampled_from([1.0, 1.0, 0.5, 0.95]),
+        min_p=st.sampled_from([0.0, 0.0, 0.05, 0.4]),
+        repetition_penalty=st.sampled_from([1.0, 1.0, 1.3, 0.8]),
+        presence_penalty=st.sampled_from([0.0, 0.0, 0.9, -0.7]),
+        frequency_penalty=st.sampled_from([0.0, 0.0, 0.6, -0.3]),
+        logit_bias=st.just({}) | st.dictionaries(_tokens, st.floats(-9, 9), max_size=3),
+        bad_token_ids=st.just([]) | st.lists(_tokens, max_size=3, unique=True),
         seed=st.integers(0, 2**63 - 1),
         # With several stop tokens of a vocabulary of 96, sequences end at every position.
-        stop_token_ids=st.lists(st.integers(0, _VOCABULARY - 1), max_size=8, unique=True),
+        stop_token_ids=st.lists(_tokens, max_size=8, unique=True),
+        # The first token of a pair is drawn as often as the output holds it.
+        stop_sequences=st.lists(st.lists(_tokens, min_size=1, max_size=2), max_size=3),
         ignore_eos=st.booleans(),
         logprobs=st.sampled_from([None, None, 0, 3]),
+        prompt_logprobs=st.sampled_from([None, None, None, 2]),
     )
 
 
@@ -67,7 +87,7 @@ def traffic(max_requests: int = 8) -> st.SearchStrategy[list[Arrival]]:
         Arrival,
         at_step=st.integers(0, 20),
         prompt=st.lists(st.integers(2, _VOCABULARY - 1), min_size=1, max_size=40).map(tuple),
-        params=_params(),
+        params=random_params(),
         abort_after=st.none() | st.none() | st.none() | st.integers(0, 12),
     )
     return st.lists(arrival, min_size=1, max_size=max_requests)

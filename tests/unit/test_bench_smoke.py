@@ -52,7 +52,7 @@ def test_a_small_run_on_the_cpu_gives_every_figure(
         assert row["host_us"] > 0
         assert row["wait_us"] > 0
     assert {name: set(entry["variants"]) for name, entry in results["capture"].items()} == {
-        name: {"greedy", "sampled", "logprobs"} for name in ("first", "again", "verified")
+        name: {"greedy", "sampled", "shaped", "logprobs"} for name in ("first", "again", "verified")
     }
     printed = capsys.readouterr().out
     assert printed.strip() == table(results)

@@ -58,12 +58,12 @@ def test_f1_the_copy_does_not_read_a_record_before_the_step_wrote_it(
     gate = Gate()
     ring.acquire(3)
     write(ring, 3, compute, gate)
-    ring.copy_out(3, compute, copy, with_extra=True)
+    ring.copy_out(3, compute, copy, LAYOUT.words)
     assert not copy.drain(0.05)
     assert ring.fences(3) == (False, False)
     gate.open()
     assert ring.wait(3, PATIENCE_S)
-    assert (ring.read(3) == 3).all()
+    assert (ring.read(3, LAYOUT.words) == 3).all()
 
 
 def test_f2_the_host_does_not_read_a_record_before_its_copy_landed(
@@ -73,13 +73,13 @@ def test_f2_the_host_does_not_read_a_record_before_its_copy_landed(
     ring.acquire(3)
     write(ring, 3, compute)
     copy.run(gate)
-    ring.copy_out(3, compute, copy, with_extra=True)
+    ring.copy_out(3, compute, copy, LAYOUT.words)
     assert compute.drain(PATIENCE_S)
     assert not ring.wait(3, 0.05)
     assert ring.fences(3) == (True, False)
     gate.open()
     assert ring.wait(3, PATIENCE_S)
-    assert (ring.read(3) == 3).all()
+    assert (ring.read(3, LAYOUT.words) == 3).all()
 
 
 def test_f3_a_slot_retires_when_it_was_read_and_not_when_its_copy_landed(
@@ -88,14 +88,14 @@ def test_f3_a_slot_retires_when_it_was_read_and_not_when_its_copy_landed(
     for step in range(RING_SLOTS):
         ring.acquire(step)
         write(ring, step, compute)
-        ring.copy_out(step, compute, copy, with_extra=True)
+        ring.copy_out(step, compute, copy, LAYOUT.words)
     assert copy.drain(PATIENCE_S)
     with pytest.raises(PipelineFull, match="Step 8 needs the ring slot of step 0"):
         ring.acquire(RING_SLOTS)
-    assert (ring.read(1) == 1).all()
+    assert (ring.read(1, LAYOUT.words) == 1).all()
     with pytest.raises(PipelineFull):
         ring.acquire(RING_SLOTS)  # another slot is free, and not this one
-    assert (ring.read(0) == 0).all()
+    assert (ring.read(0, LAYOUT.words) == 0).all()
     ring.acquire(RING_SLOTS)
 
 
@@ -104,12 +104,12 @@ def test_a_record_that_was_read_is_not_touched_by_later_steps(
 ) -> None:
     ring.acquire(0)
     write(ring, 0, compute)
-    ring.copy_out(0, compute, copy, with_extra=True)
+    ring.copy_out(0, compute, copy, LAYOUT.words)
     assert ring.wait(0, PATIENCE_S)
-    record = ring.read(0)
+    record = ring.read(0, LAYOUT.words)
     ring.acquire(RING_SLOTS)
     write(ring, RING_SLOTS, compute)
-    ring.copy_out(RING_SLOTS, compute, copy, with_extra=True)
+    ring.copy_out(RING_SLOTS, compute, copy, LAYOUT.words)
     assert ring.wait(RING_SLOTS, PATIENCE_S)
     assert (record == 0).all()
 
@@ -117,13 +117,13 @@ def test_a_record_that_was_read_is_not_touched_by_later_steps(
 def test_extra_words_are_copied_only_for_a_variant_that_has_them(
     ring: OutputRing, compute: CpuStream, copy: CpuStream
 ) -> None:
-    for step, with_extra in ((1, False), (2, True)):
+    for step, words in ((1, LAYOUT.base_words), (2, LAYOUT.words)):
         ring.acquire(step)
         write(ring, step, compute)
-        ring.copy_out(step, compute, copy, with_extra)
+        ring.copy_out(step, compute, copy, words)
         assert ring.wait(step, PATIENCE_S)
-        extra = ring.read(step)[LAYOUT.base_words :]
-        assert (extra == (step if with_extra else 0)).all()
+        extra = ring.read(step, LAYOUT.words)[LAYOUT.base_words :]
+        assert (extra == (step if words == LAYOUT.words else 0)).all()
 
 
 def test_a_slot_that_was_given_back_can_be_taken_again(ring: OutputRing) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from graphexec.kernels.adjust import adjust_reference, adjust_triton
 from graphexec.kernels.philox import philox_reference, uniform_reference
 from graphexec.kernels.sample import SampleOutput, SamplerVariant, sample, sample_reference
 from graphexec.kernels.thresholds import cut_reference
@@ -14,6 +17,7 @@ from tests.support.sampling_cases import (
     KNOWN_ANSWERS,
     POISON,
     SamplingCase,
+    adjusted_row,
     check_flag,
     check_kernel_agrees_with_reference,
     check_kernel_words,
@@ -83,21 +87,21 @@ def test_the_kernel_agrees_with_the_reference(variant, data):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_token_gets_its_own_noise_and_top_k_keeps_exactly_k(dtype):
     case = flat_case(dtype, 15, 8191)
-    check_kernel_agrees_with_reference(case, SamplerVariant.SAMPLED, "cpu")
+    check_kernel_agrees_with_reference(case, SamplerVariant.SHAPED, "cpu")
 
 
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_zeros_of_both_signs_are_tied(dtype):
     case = zeros_case(dtype, 14)
-    check_kernel_agrees_with_reference(case, SamplerVariant.SAMPLED, "cpu")
-    assert set(run_kernel(case, SamplerVariant.SAMPLED, "cpu").tokens.tolist()) == {0, 1, 2, 3, 4}
+    check_kernel_agrees_with_reference(case, SamplerVariant.SHAPED, "cpu")
+    assert set(run_kernel(case, SamplerVariant.SHAPED, "cpu").tokens.tolist()) == {0, 1, 2, 3, 4}
 
 
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_many_seeds_with_all_filters_agree_with_the_reference(dtype):
-    check_kernel_agrees_with_reference(crowded_case(dtype, 20, 700), SamplerVariant.SAMPLED, "cpu")
+    check_kernel_agrees_with_reference(crowded_case(dtype, 20, 700), SamplerVariant.SHAPED, "cpu")
 
 
 @needs_interpreter
@@ -121,18 +125,18 @@ def test_the_float64_reference_meets_the_definition(case):
         if slot < 0:
             assert out.tokens[row] == out.nan[row] == out.rank[row] == POISON
             continue
-        check_flag(case, row, out)
+        check_flag(case, row, out, SamplerVariant.LOGPROBS)
         check_logprobs(case, row, out, 1e-12)
-        assert out.nan[row] or defensible(case, row, int(out.tokens[row]))
+        assert out.nan[row] or defensible(case, row, int(out.tokens[row]), SamplerVariant.LOGPROBS)
 
 
 @many
 @given(case=sampling_cases((torch.float64,), (1, 7, 300)))
 def test_the_cut_is_where_the_definition_puts_it(case):
     for row, slot in enumerate(case.slots.tolist()):
-        if slot < 0 or not bool(masked_row(case, row).isfinite().any()):
+        if slot < 0 or not bool(masked_row(case, row, SamplerVariant.SHAPED).isfinite().any()):
             continue
-        values, state = masked_row(case, row), case.state
+        values, state = masked_row(case, row, SamplerVariant.SHAPED), case.state
         top_k, top_p = state.top_k[slot], state.top_p[slot]
         scaled = scaled_row(values, 0.7)
         cut = cut_reference(values[None], scaled[None], top_k[None], top_p[None])
@@ -150,17 +154,20 @@ def test_top_k_keeps_all_tokens_tied_at_the_kth():
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 9, 1.0), (1.5, 0, 0.8), (0.9, 10, 0.85)]
+    ("temperature", "top_k", "top_p", "min_p"),
+    [(1.0, 0, 1.0, 0.0), (0.7, 9, 1.0, 0.0), (1.5, 0, 0.8, 0.0), (0.9, 10, 0.85, 0.0), (1.2, 0, 0.9, 0.2)],
 )
-def test_the_tokens_follow_the_filtered_softmax(temperature, top_k, top_p):
+def test_the_tokens_follow_the_filtered_softmax(temperature, top_k, top_p, min_p):
     draws, vocabulary = 40_000, 16
     values = 2 * torch.randn(vocabulary, generator=torch.Generator().manual_seed(5))
     state = make_state(
-        draws, temperature=temperature, top_k=top_k, top_p=top_p, seed=list(range(draws)), num_tokens=list(range(draws))
-    )
+        draws, temperature=temperature, top_k=top_k, top_p=top_p,
+        seed=list(range(draws)), num_tokens=list(range(draws)),
+        log_min_p=math.log(min_p) if min_p else float("-inf"),
+    )  # fmt: skip
     case = SamplingCase(values.expand(draws, -1).contiguous(), torch.arange(draws, dtype=torch.int32), state)
-    out = run_reference(case, SamplerVariant.SAMPLED)
-    kept = kept_by_sorting(values.double(), temperature, top_k, top_p)
+    out = run_reference(case, SamplerVariant.SHAPED)
+    kept = kept_by_sorting(values.double(), temperature, top_k, top_p, math.log(min_p) if min_p else float("-inf"))
     expected = torch.where(kept, scaled_row(values.double(), temperature).exp(), 0.0)
     expected = draws * expected / expected.sum()
     counts = torch.bincount(out.tokens.long(), minlength=vocabulary).double()
@@ -174,8 +181,43 @@ def test_the_check_rejects_tokens_that_rounding_cannot_explain():
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
     state = make_state(1, temperature=1.0, top_k=20, top_p=0.9, seed=3)
     case = SamplingCase(logits, torch.tensor([0], dtype=torch.int32), state)
-    token = int(run_reference(case, SamplerVariant.SAMPLED).tokens)
-    assert [t for t in range(50) if defensible(case, 0, t)] == [token]
+    token = int(run_reference(case, SamplerVariant.SHAPED).tokens)
+    assert [t for t in range(50) if defensible(case, 0, t, SamplerVariant.SHAPED)] == [token]
+
+
+@needs_interpreter
+def test_penalties_count_output_and_prompt_as_they_should():
+    """Ids 1 and 2 in the prompt, 2 twice and 3 once in the output."""
+    logits = torch.tensor([[1.0, 1.0, 1.0, 1.0, -1.0]])
+    state = make_state(
+        1, tokens=[[1, 2, 2, 3, 2]], num_tokens=5, prompt_len=2,
+        repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, biases=[{3: 1.0, 4: float("-inf")}],
+    )  # fmt: skip
+    case = SamplingCase(logits, torch.zeros(1, dtype=torch.int32), state)
+    expected = [1.0, 0.5, 0.5 - 0.5 - 0.5, 1.0 - 0.25 - 0.5, float("-inf")]
+    assert adjusted_row(case, 0).tolist() == expected
+    for adjust in (adjust_reference, adjust_triton):
+        adjusted = logits.clone()
+        adjust(adjusted, case.slots, state)
+        assert adjusted.tolist() == [expected]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("known", [0, 1, 127, 128, 129, 300])
+def test_penalties_over_sequences_around_the_tile_adjust_every_id_once(dtype, known):
+    generator = torch.Generator().manual_seed(known)
+    ids = torch.randint(40, (known,), generator=generator).tolist()
+    state = make_state(
+        2, tokens=[ids, ids[::-1]], num_tokens=known, prompt_len=[known // 3, 0],
+        repetition_penalty=[1.25, 1.0], frequency_penalty=[0.0, 0.25],
+    )  # fmt: skip
+    logits = torch.randn(2, 50, generator=generator).to(dtype)
+    case = SamplingCase(logits, torch.tensor([1, 0], dtype=torch.int32), state)
+    for adjust in (adjust_reference, adjust_triton):
+        adjusted = logits.clone()
+        adjust(adjusted, case.slots, state)
+        assert torch.equal(adjusted, torch.stack([adjusted_row(case, 0), adjusted_row(case, 1)]))
 
 
 @needs_interpreter
@@ -192,7 +234,7 @@ def test_stop_ids_cannot_be_chosen_before_the_minimum_length():
     logits[:, 4] = 50.0
     state = make_state(3, temperature=[0.0, 1.0, 1.0], num_tokens=[5, 5, 6], min_len=6, stop_ids=[[4, -1]] * 3)
     case = SamplingCase(logits, torch.arange(3, dtype=torch.int32), state)
-    for out in (run_reference(case, SamplerVariant.SAMPLED), run_kernel(case, SamplerVariant.SAMPLED, "cpu")):
+    for out in (run_reference(case, SamplerVariant.SHAPED), run_kernel(case, SamplerVariant.SHAPED, "cpu")):
         assert out.tokens[0] == 0
         assert out.tokens[1] != 4
         assert out.tokens[2] == 4
@@ -203,7 +245,7 @@ def test_a_row_whose_only_finite_token_is_masked_is_flagged():
     logits = torch.tensor([[float("-inf"), 1.0, float("-inf")]])
     state = make_state(1, temperature=1.0, num_tokens=0, min_len=1, stop_ids=[[1]])
     case = SamplingCase(logits, torch.zeros(1, dtype=torch.int32), state)
-    for out in (run_reference(case, SamplerVariant.SAMPLED), run_kernel(case, SamplerVariant.SAMPLED, "cpu")):
+    for out in (run_reference(case, SamplerVariant.SHAPED), run_kernel(case, SamplerVariant.SHAPED, "cpu")):
         assert out.nan.tolist() == [1]
         assert out.tokens.tolist() == [0]
 
@@ -228,7 +270,7 @@ def test_an_empty_batch_is_legal():
         torch.empty(0, 9),
         torch.empty(0, dtype=torch.int32),
         make_state(1),
-        SamplerVariant.SAMPLED,
+        SamplerVariant.SHAPED,
         poisoned_output(0, 0, "cpu"),
     )
 
@@ -240,7 +282,8 @@ def test_logprobs_without_buffers_are_refused():
 
 
 def test_the_largest_variant_serves_all():
-    assert max(SamplerVariant.LOGPROBS, SamplerVariant.SAMPLED, SamplerVariant.GREEDY) is SamplerVariant.LOGPROBS
+    assert max(SamplerVariant.LOGPROBS, SamplerVariant.SHAPED, SamplerVariant.GREEDY) is SamplerVariant.LOGPROBS
     assert max(SamplerVariant.GREEDY, SamplerVariant.SAMPLED) is SamplerVariant.SAMPLED
+    assert max(SamplerVariant.SAMPLED, SamplerVariant.SHAPED) is SamplerVariant.SHAPED
     assert sorted(SamplerVariant, reverse=True)[-1] is SamplerVariant.GREEDY
     assert SamplerVariant("sampled") == "sampled"

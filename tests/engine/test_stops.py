@@ -1,0 +1,172 @@
+"""Stop strings and stop sequences end a request where they should, and nothing behind them is ever delivered."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphexec import BackendConfig, Engine, EngineConfig, RequestOutput, SamplingParams
+from graphexec.engine.detokenizer import Detokenizer
+from graphexec.engine.stop_strings import StopStrings
+
+DEPTHS = [0, 1, 2, 4]
+
+
+@cache
+def engine_at(depth: int) -> Engine:
+    return Engine(
+        EngineConfig(
+            model="tiny-random", device="cpu", dtype="float64", max_num_seqs=4, max_model_len=128,
+            backend=BackendConfig(overlap_depth=depth, verify=False),
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(params=DEPTHS)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return engine_at(request.param)
+
+
+def tokens_of(text: str) -> list[int]:
+    """One for each character of an ASCII text: the bundled tokenizer is one of bytes."""
+    tokenizer = engine_at(0).tokenizer
+    assert tokenizer is not None
+    return tokenizer.encode(text)
+
+
+def free_run(seed: int = 3, max_tokens: int = 40) -> RequestOutput:
+    """A readable output of single characters, one a token, that nothing ends."""
+    letters = dict.fromkeys(tokens_of("abc"), 60.0)
+    params = SamplingParams(max_tokens=max_tokens, seed=seed, temperature=2.0, logit_bias=letters, ignore_eos=True)
+    (output,) = engine_at(0).generate("start", params)
+    assert len(output.text) == max_tokens
+    return output
+
+
+def stopping(**stops: object) -> SamplingParams:
+    letters = dict.fromkeys(tokens_of("abc"), 60.0)
+    return SamplingParams(max_tokens=40, seed=3, temperature=2.0, logit_bias=letters, ignore_eos=True, **stops)
+
+
+@pytest.mark.parametrize("begin", [0, 1, 7, 30])
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_a_stop_string_across_token_borders_ends_the_output_before_it(engine: Engine, begin: int, length: int) -> None:
+    full = free_run()
+    stop = full.text[begin : begin + length]
+    found = full.text.index(stop)
+    seen: list[int] = []
+    for output in engine.stream("start", stopping(stop=["zzz", stop])):
+        assert full.text[:found].startswith(output.text), "a part of the stop string was shown"
+        seen += output.new_token_ids
+    assert output.finish_reason == "stop"
+    assert output.text == full.text[:found]
+    assert output.token_ids == seen == full.token_ids[: found + length]
+
+
+def test_neighbours_of_a_request_that_a_string_stopped_keep_their_tokens(engine: Engine) -> None:
+    full = free_run()
+    stop = full.text[4:8]
+    alone = [engine.generate("other", stopping())[0].token_ids, full.token_ids]
+    outputs = engine.generate(["other", "start", "start"], [stopping(), stopping(stop=stop), stopping()])
+    assert [outputs[0].token_ids, outputs[2].token_ids] == alone
+    assert outputs[1].finish_reason == "stop"
+    # The slot that was stopped by the host serves the next request from a clean state.
+    assert engine.generate("start", stopping())[0].token_ids == full.token_ids
+
+
+def test_a_stop_string_counts_only_behind_the_minimum(engine: Engine) -> None:
+    full = free_run()
+    stop = full.text[2]
+    (output,) = engine.generate("start", stopping(stop=stop, min_tokens=10))
+    place = full.text.index(stop, 10)
+    assert output.text == full.text[:place]
+    assert output.finish_reason == "stop"
+
+
+def test_what_may_become_a_stop_string_is_shown_once_it_cannot() -> None:
+    full = free_run()
+    stop = full.text[5:8] + "!"  # never completed
+    texts = [output.text for output in engine_at(1).stream("start", stopping(stop=stop))]
+    assert texts[-1] == full.text
+    assert any(len(text) < count for count, text in enumerate(texts, 1))
+    assert all(full.text.startswith(text) for text in texts)
+
+
+@pytest.mark.parametrize("begin", [0, 3, 20])
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_stop_sequence_ends_the_output_with_it_and_its_text_without(engine: Engine, begin: int, length: int) -> None:
+    full = free_run()
+    sequence = full.token_ids[begin : begin + length]
+    end = next(end for end in range(length, 41) if full.token_ids[end - length : end] == sequence)
+    (output,) = engine.generate("start", stopping(stop_sequences=[[1, 2, 3], sequence]))
+    assert output.finish_reason == "stop"
+    assert output.token_ids == full.token_ids[:end]
+    assert output.text == full.text[: end - length]
+
+
+def test_a_stop_sequence_is_not_found_in_the_prompt_nor_across_its_end(engine: Engine) -> None:
+    full = free_run()
+    prompt_tokens = tokens_of("start")
+    first = full.token_ids[0]
+    sequences = [prompt_tokens[-2:], [prompt_tokens[-1], first]]
+    (output,) = engine.generate("start", stopping(stop_sequences=sequences))
+    assert output.token_ids == full.token_ids
+
+
+class Letters:
+    """A tokenizer whose token i is the i-th text."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._texts = texts
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(self._texts[token] for token in token_ids)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    texts=st.lists(st.text("ab", max_size=3), min_size=1, max_size=12),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    min_tokens=st.integers(0, 4),
+    chunk=st.integers(1, 4),
+)
+def test_the_search_finds_what_a_search_of_the_whole_text_finds(
+    texts: list[str], stops: list[str], min_tokens: int, chunk: int
+) -> None:
+    strings = StopStrings(stops, Letters(texts), min_tokens)
+    match, tokens = None, list(range(len(texts)))
+    for end in range(chunk, len(texts) + chunk, chunk):
+        match = match or strings.find(tokens[:end])
+    expected = None
+    for count in range(min_tokens + 1, len(texts) + 1):
+        before, text = "".join(texts[: count - 1]), "".join(texts[:count])
+        begins = [
+            begin
+            for stop in stops
+            for begin in range(len(text))
+            if text.startswith(stop, begin) and len(before) < begin + len(stop)
+        ]
+        if begins:
+            expected = (count, min(begins))
+            break
+    assert match == expected
+
+
+def test_safe_length_holds_back_the_longest_beginning_of_a_stop() -> None:
+    strings = StopStrings(["abc", "cd"], Letters([]), 0)
+    assert [strings.safe_length(text) for text in ("", "xa", "xab", "xabx", "xc", "ab")] == [0, 1, 1, 4, 1, 0]
+
+
+def test_the_search_does_not_share_the_consumers_detokenizer() -> None:
+    """The consumer may read texts in another thread while the engine's searches."""
+    engine = engine_at(1)
+    engine.add_request("start", stopping(stop="zzz"))
+    (request,) = next(iter(engine._live.values()))
+    assert request.stop_strings is not None
+    assert isinstance(request.detokenizer, Detokenizer)
+    assert request.stop_strings._detokenizer is not request.detokenizer
+    while engine.has_unfinished():
+        engine.step()
