@@ -99,6 +99,7 @@ class EngineConfig(_Config):
         kv_block_size: tokens of a KV block, a power of two from 8 to 256.
         num_kv_blocks: KV blocks beside the reserved one; None to size the cache by the free memory.
         kv_memory_fraction: share of the free device memory that a cache sized by itself may take.
+        prefix_caching: keep the KV blocks of computed tokens, and compute no whole block twice while it is kept.
         max_stop_token_ids: width of the table of stop ids of a slot, the model's own included.
         seed: of random weights, and of requests that bring none.
         compile: torch.compile of the whole "model", of each "layer", or "off"; None: "layer" on CUDA, else "off".
@@ -115,6 +116,7 @@ class EngineConfig(_Config):
     kv_block_size: Annotated[int, Field(ge=8, le=256)] = 16
     num_kv_blocks: PositiveInt | None = None
     kv_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    prefix_caching: bool = True
     max_stop_token_ids: Annotated[int, Field(ge=1, le=128)] = 16
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     compile: CompileMode | None = None

@@ -39,6 +39,11 @@ class SlotLimits:
         return -(-self.max_tokens // self.block_size)
 
     @property
+    def max_shared_blocks(self) -> int:
+        """Most blocks of cached prefixes that the admissions of one step bring: those of one sequence at least."""
+        return self.max_blocks + self.max_rows
+
+    @property
     def entry_words(self) -> int:
         return ENTRY_FIELDS + self.max_stop_ids
 
@@ -47,9 +52,9 @@ class SlotLimits:
         """Most tokens and blocks that the deltas of one step carry.
 
         Tokens: the chunks of a step. Blocks: those that the chunks fill, and three more for every slot, since a chunk
-        may begin and end within a block and reserves ahead.
+        may begin and end within a block and reserves ahead; and those that admissions share.
         """
-        return self.max_rows + self.max_rows // self.block_size + 3 * self.max_slots
+        return self.max_rows + self.max_rows // self.block_size + 3 * self.max_slots + self.max_shared_blocks
 
     @property
     def staging_words(self) -> int:

@@ -33,7 +33,11 @@ class Request:
     slot: int | None = None
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
-    """Tokens whose computation was scheduled while the prompt is being computed."""
+    """Tokens that are cached, or whose computation was scheduled, while the prompt is being computed."""
+    entered: int = 0
+    """Blocks that the prefix cache knows, from the first on."""
+    chain: int = 0
+    """What the prefix cache calls the tokens in them."""
 
     @property
     def variant(self) -> SamplerVariant:

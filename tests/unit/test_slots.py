@@ -151,7 +151,7 @@ def test_more_than_the_staging_buffer_holds_is_refused_and_never_cut_off(surplus
     deltas = SlotDeltas(LIMITS)
     deltas.arm(0, 0, range(LIMITS.payload_words))
     deltas.supply(1, 0, range(surplus))
-    with pytest.raises(ValueError, match="step 0 carry more than 84 tokens and blocks"):
+    with pytest.raises(ValueError, match="step 0 carry more than 156 tokens and blocks"):
         deltas.pack(np.zeros(LIMITS.staging_words, dtype=np.int32), 0)
 
 
