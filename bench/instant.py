@@ -94,5 +94,5 @@ def instant_engine(max_num_seqs: int, max_model_len: int = 1 << 20, depth: int =
         eos_token_ids=(),
         tokenizer=None,
     )
-    config = EngineConfig(max_num_seqs=max_num_seqs, backend=BackendConfig(overlap_depth=depth))
+    config = EngineConfig(max_num_seqs=max_num_seqs, prefix_caching=False, backend=BackendConfig(overlap_depth=depth))
     return Engine(config, parts=parts)

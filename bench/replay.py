@@ -107,7 +107,11 @@ class Inside:
 def inside(engine: Engine) -> Inside:
     """The parts of `engine`. The only place of the benchmarks that looks behind the public API: a bare replay needs
     the graphs themselves, and to put slots in front of them.
+
+    Replays write over KV blocks, so the engine must not believe that it knows what they hold.
     """
+    if engine.config.prefix_caching:
+        raise ValueError("Replays would spoil the prefix cache of this engine: set prefix_caching=False.")
     backend = engine._backend
     if not isinstance(backend, CudaGraphBackend) or backend._pipeline is None or backend._graphs is None:
         raise TypeError(f"Only a prepared cudagraph backend has graphs, not {type(backend).__name__}.")

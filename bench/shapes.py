@@ -138,6 +138,7 @@ def engine_config(
         max_num_batched_tokens=max(shape.max_num_batched_tokens, slots),
         kv_block_size=block_size,
         num_kv_blocks=slots * -(-shape.max_model_len // block_size),
+        prefix_caching=False,  # or the second run of the same prompts would compute next to nothing of them
         compile=compile,
         backend=backend,
     )

@@ -19,8 +19,9 @@ __all__ = ["soak"]
 
 
 def soak(config: EngineConfig, seconds: float, vocab_size: int) -> dict[str, object]:
-    """Runs traffic with arrivals, aborts, stops and preemptions for `seconds`; returns what was done."""
+    """Runs traffic with shared prefixes, aborts, stops and preemptions for `seconds`; returns what was done."""
     rng = random.Random(0)
+    stems = [[rng.randrange(vocab_size) for _ in range(150)] for _ in range(3)]
     wanted: dict[str, int] = {}
     received: dict[str, int] = {}
     reasons: dict[str, int] = {}
@@ -28,7 +29,8 @@ def soak(config: EngineConfig, seconds: float, vocab_size: int) -> dict[str, obj
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline or engine.has_unfinished():
             if time.monotonic() < deadline and len(wanted) < 2 * config.max_num_seqs and rng.random() < 0.5:
-                prompt = [rng.randrange(vocab_size) for _ in range(rng.randrange(1, 200))]
+                shared = rng.choice(stems)[: rng.randrange(150)]
+                prompt = [*shared, *(rng.randrange(vocab_size) for _ in range(rng.randrange(1, 50)))]
                 tokens = rng.randrange(1, 100)
                 params = SamplingParams(max_tokens=tokens, temperature=rng.choice([0.0, 0.8]), ignore_eos=True)
                 request_id = engine.add_request(prompt, params)
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=256)
     options = parser.parse_args()
     config = EngineConfig(
-        model=options.model, max_num_seqs=32, max_model_len=320, num_kv_blocks=400,
+        model=options.model, max_num_seqs=32, max_model_len=320, num_kv_blocks=120,
         backend=BackendConfig(overlap_depth=options.depth, step_timeout_s=20),
     )  # fmt: skip
     print(json.dumps(soak(config, options.seconds, options.vocab_size)))

@@ -99,6 +99,7 @@ class EngineConfig(_Config):
         kv_block_size: tokens of a KV block, a power of two from 8 to 256.
         num_kv_blocks: KV blocks beside the reserved one; None to size the cache by the free memory.
         kv_memory_fraction: share of the free device memory that a cache sized by itself may take.
+        prefix_caching: keep the KV blocks of computed tokens, and compute no whole block twice while it is kept.
         max_stop_token_ids: width of the table of stop ids of a slot, the model's own included.
         max_stop_sequences: stop sequences of a request.
         max_stop_sequence_tokens: tokens of a stop sequence.
@@ -118,6 +119,7 @@ class EngineConfig(_Config):
     kv_block_size: Annotated[int, Field(ge=8, le=256)] = 16
     num_kv_blocks: PositiveInt | None = None
     kv_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    prefix_caching: bool = True
     max_stop_token_ids: Annotated[int, Field(ge=1, le=128)] = 16
     max_stop_sequences: Annotated[int, Field(ge=1, le=64)] = 8
     max_stop_sequence_tokens: Annotated[int, Field(ge=1, le=64)] = 16

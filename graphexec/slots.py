@@ -46,6 +46,11 @@ class SlotLimits:
         return -(-self.max_tokens // self.block_size)
 
     @property
+    def max_shared_blocks(self) -> int:
+        """Most blocks of cached prefixes that the admissions of one step bring: those of one sequence at least."""
+        return self.max_blocks + self.max_rows
+
+    @property
     def entry_words(self) -> int:
         return ENTRY_FIELDS + self.max_stop_ids
 
@@ -54,10 +59,11 @@ class SlotLimits:
         """Most tokens and blocks that the deltas of one step carry.
 
         Tokens: the chunks of a step, and for each the token behind it. Blocks: those that the chunks fill, and three
-        more for every slot, since a chunk may begin and end within a block and reserves ahead.
+        more for every slot, since a chunk may begin and end within a block and reserves ahead; and those that
+        admissions share.
         """
         chunks = self.max_rows + self.max_rows // self.block_size + 4 * self.max_slots
-        return chunks + self.admission_words
+        return chunks + self.max_shared_blocks + self.admission_words
 
     @property
     def admission_words(self) -> int:

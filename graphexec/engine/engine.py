@@ -20,6 +20,7 @@ from graphexec.engine.blocks import BlockAllocator
 from graphexec.engine.intake import Intake, Prompt, as_batch
 from graphexec.engine.logprobs import LogprobRows, take_prompt_logprobs
 from graphexec.engine.params import SamplingParams
+from graphexec.engine.prefix_cache import PrefixCache
 from graphexec.engine.request import Request, RequestOutput
 from graphexec.engine.scheduler import ScheduledStep, Scheduler
 from graphexec.engine.stats import EngineStats
@@ -60,9 +61,8 @@ class Engine:
         self._backend = parts.backend
         self._program = parts.program
         self._depth = config.backend.overlap_depth
-        self._scheduler = Scheduler(
-            parts.limits, BlockAllocator(parts.num_blocks), self.resolved.max_num_batched_tokens, self._depth + 1
-        )
+        allocator = BlockAllocator(parts.num_blocks, PrefixCache() if config.prefix_caching else None)
+        self._scheduler = Scheduler(parts.limits, allocator, self.resolved.max_num_batched_tokens, self._depth + 1)
         self._intake = Intake(
             parts.tokenizer, parts.limits, self.num_kv_blocks, parts.vocab_size, parts.eos_token_ids, config.seed
         )
@@ -261,6 +261,7 @@ class Engine:
             predicted_slots=controller.predicted_slots,
             real_slots=controller.real_slots,
             preemptions=self._scheduler.preemptions,
+            prefix_cached_tokens=self._scheduler.prefix_cached_tokens,
             host_us=self._host_s * 1e6,
             wait_us=self._backend.wait_us,
         )

@@ -84,6 +84,11 @@ class SamplingParams:
         self._check_ranges()
         self._check_lists()
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether what the sequence holds changes the logits."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
     def _check_ranges(self) -> None:
         _require(1 <= self.max_tokens < 2**31, "max_tokens", self.max_tokens, "at least 1")
         _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "between 0 and max_tokens")

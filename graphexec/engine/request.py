@@ -40,7 +40,11 @@ class Request:
     slot: int | None = None
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
-    """Tokens whose computation was scheduled while the prompt is being computed."""
+    """Tokens that are cached, or whose computation was scheduled, while the prompt is being computed."""
+    entered: int = 0
+    """Blocks that the prefix cache knows, from the first on."""
+    chain: int = 0
+    """What the prefix cache calls the tokens in them."""
     text_tokens: int | None = None
     """Output tokens whose text is shown, once a stop token or sequence has ended it; None for all."""
     text_length: int | None = None
@@ -52,8 +56,7 @@ class Request:
         params = self.params
         if params.logprobs is not None:
             return SamplerVariant.LOGPROBS
-        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-        if penalties != (1.0, 0.0, 0.0) or self.biases:
+        if params.penalizes or self.biases:
             return SamplerVariant.SHAPED
         if params.temperature == 0:
             return SamplerVariant.GREEDY
@@ -63,6 +66,15 @@ class Request:
     def key(self) -> tuple[str, int]:
         """Tells it from every other request, and from the other samples of its prompt."""
         return self.request_id, self.index
+
+    @property
+    def reads_prefix_cache(self) -> bool:
+        """Whether cached blocks may stand in for its first tokens.
+
+        Not where the device must see the ids of all tokens, and not where logits of the prompt are asked for.
+        """
+        params = self.params
+        return not (params.penalizes or params.stop_sequences or params.prompt_logprobs is not None)
 
     def wants_prompt_logprobs(self, begin: int) -> bool:
         """Whether a chunk that begins at that position reports log-probabilities that the user asked for."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from graphexec.engine.blocks import BlockAllocator
 from graphexec.engine.logprobs import PROMPT_LOGPROBS, PromptChunk
+from graphexec.engine.prefix_cache import NO_PREFIX, Prefix
 from graphexec.engine.request import Request
 from graphexec.kernels.sample import SamplerVariant
 from graphexec.plan import StepPlan, StepResult
@@ -48,6 +49,7 @@ class Scheduler:
     def __init__(self, limits: SlotLimits, allocator: BlockAllocator, max_batched_tokens: int, lookahead: int) -> None:
         self._limits = limits
         self._allocator = allocator
+        self._prefixes = allocator.prefixes
         self._max_batched_tokens = max_batched_tokens
         self._lookahead = lookahead  # tokens of KV space reserved ahead, so that no slot parks meanwhile
         self._waiting: deque[Request] = deque()
@@ -63,7 +65,10 @@ class Scheduler:
         self._scheduled = np.zeros(limits.max_slots, dtype=np.int64)  # tokens computed once the steps in flight ran
         self._capacity = np.zeros(limits.max_slots, dtype=np.int64)  # tokens that the slot's KV blocks hold
         self._limit = np.zeros(limits.max_slots, dtype=np.int64)  # tokens at which the request ends
+        self._refused: Request | None = None  # found no room when it was looked up last, with this slack:
+        self._refused_slack = 0
         self.preemptions = 0
+        self.prefix_cached_tokens = 0
 
     @property
     def wants_chunks(self) -> bool:
@@ -96,7 +101,6 @@ class Scheduler:
         while self.short_of_blocks():
             request = next(reversed(self._running))
             self._evict(request)
-            request.computed = 0
             self._waiting.appendleft(request)
             self.preemptions += 1
 
@@ -175,33 +179,71 @@ class Scheduler:
 
     def _admit(self, deltas: SlotDeltas, budget: int) -> list[int]:
         chunks = []
+        room = self._limits.max_shared_blocks
         while self._waiting and self._free_slots and budget > 0:
             request = self._waiting[0]
-            needed = -(-request.num_tokens // self._limits.block_size)
-            # One block for each running request is left alone, or the newcomer would soon be preempted for it.
-            if needed + len(self._running) > self._allocator.free and self._running:
+            slack = self._allocator.free - len(self._running)
+            if request is self._refused and slack <= self._refused_slack:
+                break  # nothing was freed since; and to look a long prompt up may cost more than the rest of the step
+            prefix = self._cached_prefix(request)
+            room -= len(prefix.blocks)
+            if room < 0:
                 break
-            admission = _admission(request)
+            admission = _admission(request, len(prefix.blocks) * self._limits.block_size)
             if not deltas.has_room_for(admission):
                 break
-            blocks = self._allocator.take(needed)
+            needed = -(-request.num_tokens // self._limits.block_size) - len(prefix.blocks)
+            # One block for each running request is left alone, or the newcomer would soon be preempted for it.
+            blocks = self._allocator.take(needed, behind=prefix.blocks, spare=len(self._running))
             if blocks is None:
+                self._refused, self._refused_slack = request, slack
                 break
             self._waiting.popleft()
-            self._attach(deltas, request, admission, blocks)
+            self._attach(deltas, request, admission, prefix, blocks)
             chunks.append(self._arm_chunk(deltas, request, budget))
             budget -= chunks[-1]
         return chunks
 
-    def _attach(self, deltas: SlotDeltas, request: Request, admission: Admission, blocks: list[int]) -> None:
+    def _cached_prefix(self, request: Request) -> Prefix:
+        if self._prefixes is None or not request.reads_prefix_cache:
+            return NO_PREFIX
+        # One token at least is computed: the next one is chosen by its logits.
+        full = (request.num_tokens - 1) // self._limits.block_size
+        return self._prefixes.find(self._tokens_of_block(request, index) for index in range(full))
+
+    def _tokens_of_block(self, request: Request, index: int) -> tuple[int, ...]:
+        size = self._limits.block_size
+        return tuple(request.tokens(index * size, (index + 1) * size))
+
+    def _enter_blocks(self, request: Request, written: int) -> None:
+        """Makes the full blocks of the first `written` tokens findable, whose KV this or an earlier step writes.
+
+        Their readers come later on the compute stream, or in this very step, where each layer writes the KV of all rows
+        (`rope_write`) before it attends to any. Nobody writes into them again: a slot writes from its `seq_lens` on,
+        which is never less than `written`, and so do the steps in flight that still run it when its request has left.
+        """
+        if self._prefixes is None:
+            return
+        for index in range(request.entered, written // self._limits.block_size):
+            tokens = self._tokens_of_block(request, index)
+            request.chain = self._prefixes.enter(request.chain, tokens, request.blocks[index])
+            request.entered = index + 1
+
+    def _attach(
+        self, deltas: SlotDeltas, request: Request, admission: Admission, prefix: Prefix, blocks: list[int]
+    ) -> None:
         slot = self._free_slots.pop()
+        request.entered, request.chain = len(prefix.blocks), prefix.chain
+        request.computed = admission.seq_len
+        self.prefix_cached_tokens += request.computed
         deltas.admit(slot, admission)
-        request.slot, request.blocks = slot, blocks
+        deltas.supply(slot, 0, prefix.blocks)
+        request.slot, request.blocks = slot, [*prefix.blocks, *blocks]
         self._owners[slot] = request
         self._running[request] = None
         self._prefilling.append(request)
         self._variants[request.variant] += 1
-        self._capacity[slot] = len(blocks) * self._limits.block_size
+        self._capacity[slot] = len(request.blocks) * self._limits.block_size
         self._limit[slot] = request.max_len
 
     def _arm_chunk(self, deltas: SlotDeltas, request: Request, budget: int) -> int:
@@ -216,6 +258,7 @@ class Scheduler:
         self._chunks[slot] = PromptChunk(begin, end)
         deltas.supply(slot, first_block, request.blocks[first_block:last_block])
         request.computed = end
+        self._enter_blocks(request, end)
         if end == known:
             self._prefilling.remove(request)
             self._decoding[slot] = True
@@ -228,6 +271,8 @@ class Scheduler:
     def _detach(self, request: Request) -> int:
         slot = request.slot
         assert slot is not None
+        if self._decoding[slot]:  # its newest token was sampled, and no step that was collected has written its KV
+            self._enter_blocks(request, request.num_tokens - 1)
         self._allocator.give_back(request.blocks)
         request.slot, request.blocks = None, []
         self._owners[slot] = None
@@ -257,10 +302,10 @@ class Scheduler:
         return max(running, default=SamplerVariant.GREEDY).value
 
 
-def _admission(request: Request) -> Admission:
+def _admission(request: Request, seq_len: int) -> Admission:
     params, prompt_len = request.params, len(request.prompt_token_ids)
     return Admission(
-        seq_len=0,
+        seq_len=seq_len,
         num_tokens=request.num_tokens,
         max_len=request.max_len,
         min_len=min(prompt_len + params.min_tokens, request.max_len),

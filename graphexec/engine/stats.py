@@ -19,6 +19,8 @@ class EngineStats:
         predicted_slots: sum of the bounds that steps were launched with.
         real_slots: sum of the slots that really ran.
         preemptions: requests sent back to the queue for want of KV blocks.
+        prefix_cached_tokens: tokens of admitted requests that were not computed, since the prefix cache held their KV;
+            of a request that comes back after a preemption, its earlier output included.
         host_us: time that the step loop computed, microseconds, waits excluded.
         wait_us: time that it waited for the device, microseconds.
     """
@@ -30,5 +32,6 @@ class EngineStats:
     predicted_slots: int
     real_slots: int
     preemptions: int
+    prefix_cached_tokens: int
     host_us: float
     wait_us: float

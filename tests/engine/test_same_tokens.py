@@ -1,6 +1,7 @@
-"""Tokens, finish reasons and log-probabilities do not depend on backend, depth, batch mates or preemption.
+"""Tokens, finish reasons and log-probabilities do not depend on backend, depth, batch mates, preemption or caching.
 
-On the CPU in float64: equal tokens, log-probabilities within 1e-9, against each request alone, eagerly, at depth 0.
+On the CPU in float64: equal tokens, log-probabilities within 1e-9, against each request alone, eagerly, at depth 0,
+without a prefix cache.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from graphexec import BackendConfig, Engine, EngineConfig, SamplingParams
 from graphexec.engine.request import Request
 from tests.support.checkpoints import make_checkpoint
 from tests.support.plain import PlainModel
-from tests.support.traffic import Arrival, Outcome, PlainLogprob, random_params, replay, traffic
+from tests.support.traffic import Arrival, Outcome, PlainLogprob, any_params, replay, shared_prompts, traffic
 
 # backend, depth, KV blocks of 8 tokens (24 hold three long requests of eight), whether prompt chunks overlap
 SETTINGS = [
@@ -38,7 +39,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("small") / "model")
 
 
-def make_engine(checkpoint: Path, name: str, depth: int, blocks: int, overlap_prefill: bool = True) -> Engine:
+def make_engine(
+    checkpoint: Path, name: str, depth: int, blocks: int, overlap_prefill: bool = True, prefix_caching: bool = True
+) -> Engine:
     return Engine(
         EngineConfig(
             model=str(checkpoint),
@@ -49,6 +52,7 @@ def make_engine(checkpoint: Path, name: str, depth: int, blocks: int, overlap_pr
             max_num_batched_tokens=16,
             kv_block_size=8,
             num_kv_blocks=blocks,
+            prefix_caching=prefix_caching,
             backend=BackendConfig(
                 name=name, overlap_depth=depth, overlap_prefill=overlap_prefill, step_timeout_s=30, verify=False
             ),
@@ -58,7 +62,7 @@ def make_engine(checkpoint: Path, name: str, depth: int, blocks: int, overlap_pr
 
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path) -> Iterator[Engine]:
-    with make_engine(checkpoint, "eager", 0, 200) as engine:
+    with make_engine(checkpoint, "eager", 0, 200, prefix_caching=False) as engine:
         yield engine
 
 
@@ -110,13 +114,42 @@ def plain(checkpoint: Path) -> PlainModel:
 
 
 @settings(max_examples=60, deadline=None)
-@given(prompt=st.lists(st.integers(2, 95), min_size=1, max_size=40).map(tuple), params=random_params())
+@given(prompt=st.lists(st.integers(2, 95), min_size=1, max_size=40).map(tuple), params=any_params())
 def test_every_parameter_means_what_plain_torch_makes_of_it(
     alone: Engine, plain: PlainModel, prompt: tuple[int, ...], params: SamplingParams
 ) -> None:
     (outcome,) = replay(alone, [Arrival(0, prompt, params)])
     # transformers computes angles in float32.
     assert_same(outcome, plain.run(prompt, params), was_aborted=False, tolerance=1e-5)
+
+
+@settings(max_examples=12, deadline=None)
+@given(arrivals=traffic(prompts=shared_prompts()))
+def test_a_request_that_shares_its_prefix_gets_the_tokens_it_gets_alone(
+    engine: Engine, alone: Engine, arrivals: list[Arrival]
+) -> None:
+    outcomes = replay(engine, arrivals)
+    for arrival, outcome in zip(arrivals, outcomes, strict=True):
+        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
+        assert_same(outcome, expected, arrival.abort_after is not None)
+
+
+def test_requests_get_their_tokens_that_share_a_prefix_in_the_very_step_that_computes_it(
+    checkpoint: Path, alone: Engine
+) -> None:
+    """They read KV in the step that writes it: each layer must write the KV of all rows before it attends to any."""
+    prompts = [(*range(10, 18), *range(20, 20 + index)) for index in range(4)]
+    params = SamplingParams(max_tokens=6, temperature=0.9, seed=3, logprobs=1, ignore_eos=True)
+    arrivals = [Arrival(0, (*prompt, 5), params) for prompt in prompts]
+    with make_engine(checkpoint, "cudagraph", 1, 200) as engine:
+        for arrival in arrivals:
+            engine.add_request(list(arrival.prompt), params)
+        engine.step()  # 9 rows of the first prompt, and 1, 2 and 3 of the others
+        assert engine.stats().prefix_cached_tokens == 3 * 8
+    with make_engine(checkpoint, "cudagraph", 1, 200) as engine:
+        for arrival, outcome in zip(arrivals, replay(engine, arrivals), strict=True):
+            (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
+            assert_same(outcome, expected, was_aborted=False)
 
 
 @settings(max_examples=6, deadline=None)

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from graphexec import Engine, RequestOutput, SamplingParams
 from graphexec.engine.logprobs import TokenLogprobs
 
-__all__ = ["Arrival", "Outcome", "PlainLogprob", "random_params", "replay", "traffic"]
+__all__ = [
+    "Arrival",
+    "Outcome",
+    "PlainLogprob",
+    "any_params",
+    "any_prompts",
+    "replay",
+    "shared_prompts",
+    "traffic",
+]
 
 PlainLogprob = tuple[int, float, int]
 """Token, log-probability, rank."""
@@ -52,7 +61,8 @@ def _plain(entry: TokenLogprobs) -> PlainLogprob:
     return entry.token_id, entry.logprob, entry.rank
 
 
-def random_params() -> st.SearchStrategy[SamplingParams]:
+def any_params() -> st.SearchStrategy[SamplingParams]:
+    """Every kind of sampling, with stops, and outputs of up to 24 tokens."""
     return st.builds(
         _build_params,
         max_tokens=st.integers(1, 24),
@@ -81,13 +91,33 @@ def _build_params(max_tokens: int, min_tokens: int, **others: object) -> Samplin
     return SamplingParams(max_tokens=max_tokens, min_tokens=min(min_tokens, max_tokens), **others)
 
 
-def traffic(max_requests: int = 8) -> st.SearchStrategy[list[Arrival]]:
-    """Up to `max_requests` requests; prompts of 1 to 40 tokens, so that some take several chunks of 16."""
+def any_prompts() -> st.SearchStrategy[tuple[int, ...]]:
+    """1 to 40 tokens, so that some take several chunks of 16."""
+    return st.lists(st.integers(2, _VOCABULARY - 1), min_size=1, max_size=40).map(tuple)
+
+
+def shared_prompts() -> st.SearchStrategy[tuple[int, ...]]:
+    """The beginnings of three texts, cut at and beside the ends of KV blocks of 8 tokens; then tokens of their own.
+
+    Two texts begin alike, and the third with what stands in the middle of the first.
+    """
+    texts = st.sampled_from([tuple(range(10, 50)), (*range(10, 26), *range(60, 84)), tuple(range(18, 58))])
+    lengths = st.sampled_from([1, 7, 8, 9, 15, 16, 17, 23, 24, 25, 40]) | st.integers(1, 40)
+    own = st.lists(st.integers(2, _VOCABULARY - 1), max_size=9)
+    return st.builds(lambda text, length, tail: (*text[:length], *tail), texts, lengths, own)
+
+
+def traffic(
+    max_requests: int = 8,
+    prompts: st.SearchStrategy[tuple[int, ...]] | None = None,
+    params: st.SearchStrategy[SamplingParams] | None = None,
+) -> st.SearchStrategy[list[Arrival]]:
+    """Up to `max_requests` requests; None for any prompts and any parameters."""
     arrival = st.builds(
         Arrival,
         at_step=st.integers(0, 20),
-        prompt=st.lists(st.integers(2, _VOCABULARY - 1), min_size=1, max_size=40).map(tuple),
-        params=random_params(),
+        prompt=any_prompts() if prompts is None else prompts,
+        params=any_params() if params is None else params,
         abort_after=st.none() | st.none() | st.none() | st.integers(0, 12),
     )
     return st.lists(arrival, min_size=1, max_size=max_requests)

@@ -151,7 +151,7 @@ def test_more_than_the_staging_buffer_holds_is_refused_and_never_cut_off(surplus
     deltas = SlotDeltas(LIMITS)
     deltas.arm(0, 0, range(LIMITS.payload_words))
     deltas.supply(1, 0, range(surplus))
-    with pytest.raises(ValueError, match="step 0 carry more than 94 words of payload"):
+    with pytest.raises(ValueError, match=f"step 0 carry more than {LIMITS.payload_words} words of payload"):
         deltas.pack(np.zeros(LIMITS.staging_words, dtype=np.int32), 0)
 
 
