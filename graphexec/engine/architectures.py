@@ -22,7 +22,7 @@ EXERCISED_BLOCKS = 512
 """KV blocks, the reserved one included, that warm-up and verification use."""
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-_HEAD_SIZES = (64, 128)
+_HEAD_SIZES = (64, 80, 96, 128, 256)
 
 
 def check_supported(config: Any, device: torch.device) -> None:

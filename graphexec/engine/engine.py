@@ -10,15 +10,14 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
-import numpy as np
-
 from graphexec.backends import Progress
 from graphexec.capture.manifest import Manifest
 from graphexec.config import EngineConfig
 from graphexec.engine.assemble import Assembly, assemble
 from graphexec.engine.blocks import BlockAllocator
+from graphexec.engine.collector import Collector
 from graphexec.engine.intake import Intake, Prompt, as_batch
-from graphexec.engine.logprobs import LogprobRows, take_prompt_logprobs
+from graphexec.engine.outbox import Outbox
 from graphexec.engine.params import SamplingParams
 from graphexec.engine.prefix_cache import PrefixCache
 from graphexec.engine.request import Request, RequestOutput
@@ -26,7 +25,7 @@ from graphexec.engine.scheduler import ScheduledStep, Scheduler
 from graphexec.engine.stats import EngineStats
 from graphexec.engine.stream import RequestStream
 from graphexec.errors import DeviceError, GraphexecError, RequestError, StepTimeout
-from graphexec.plan import FinishCode, StepHandle, StepResult
+from graphexec.plan import StepHandle
 
 __all__ = ["Engine"]
 
@@ -59,7 +58,6 @@ class Engine:
         self.num_kv_blocks = parts.num_blocks - 1
         self.tokenizer = parts.tokenizer
         self._backend = parts.backend
-        self._program = parts.program
         self._depth = config.backend.overlap_depth
         allocator = BlockAllocator(parts.num_blocks, PrefixCache() if config.prefix_caching else None)
         self._scheduler = Scheduler(parts.limits, allocator, self.resolved.max_num_batched_tokens, self._depth + 1)
@@ -67,8 +65,9 @@ class Engine:
             parts.tokenizer, parts.limits, self.num_kv_blocks, parts.vocab_size, parts.eos_token_ids, config.seed
         )
         self._live: dict[str, list[Request]] = {}  # the samples of each prompt that still run
+        self._collector = Collector(self._scheduler, parts.program, self._live)
         self._in_flight: deque[_InFlight] = deque()
-        self._undelivered: dict[tuple[str, int], RequestOutput] = {}
+        self._outbox = Outbox()
         self._abandoned: set[str] = set()
         self._stepping = threading.Lock()
         self._submitted = 0
@@ -126,7 +125,7 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do: true until the last step is collected and its outputs are returned."""
-        return bool(self._live or self._in_flight or self._undelivered)
+        return bool(self._live or self._in_flight or self._outbox)
 
     def step(self) -> list[RequestOutput]:
         """Submits one step and collects the one `overlap_depth` before it. May return nothing while the first runs.
@@ -136,10 +135,7 @@ class Engine:
             GraphexecError: any other failure ends the engine; the message lists the requests that it held.
         """
         outputs = self._advance()
-        if self._undelivered:
-            held, self._undelivered = self._undelivered, {}
-            outputs = [*held.values(), *outputs]
-        return outputs
+        return [*self._outbox.take_all(), *outputs] if self._outbox else outputs
 
     def _advance(self) -> list[RequestOutput]:
         with self._stepping:
@@ -150,14 +146,14 @@ class Engine:
                 self._committing = True
                 self._step(outputs)
             except StepTimeout:
-                self._hold(outputs)
+                self._outbox.put(outputs)
                 raise
             except Exception as failure:  # host and device no longer agree on what has been submitted
-                self._hold(outputs)
+                self._outbox.put(outputs)
                 self._failure = self._explain(failure)
                 raise self._failure from failure
             except BaseException:  # an interrupt, which is harmless only while waiting for the device
-                self._hold(outputs)
+                self._outbox.put(outputs)
                 if self._committing:
                     self._failure = GraphexecError(
                         "The engine was interrupted in the middle of a step, and host and device no longer agree. "
@@ -211,7 +207,7 @@ class Engine:
             while len(results) < len(wanted):
                 for output in self._advance():
                     if output.key not in wanted:
-                        self._hold([output])
+                        self._outbox.put([output])
                     elif output.finished:
                         results[output.key] = output
         finally:
@@ -234,19 +230,19 @@ class Engine:
 
         None when the request has ended and its outputs were taken.
         """
-        held = self._take_held(request_id)
+        held = self._outbox.take(request_id)
         if held:
             return held
         if request_id not in self._live:
             return None
         outputs = self._advance()
-        self._hold([output for output in outputs if output.request_id != request_id])
+        self._outbox.put(output for output in outputs if output.request_id != request_id)
         return [output for output in outputs if output.request_id == request_id]
 
     def abandon(self, request_id: str) -> None:
         """Aborts a request whose outputs nobody will take any more."""
         self._abandoned.add(request_id)
-        self._take_held(request_id)
+        self._outbox.take(request_id)
         self._intake.abort(request_id)
 
     def stats(self) -> EngineStats:
@@ -310,88 +306,14 @@ class Engine:
             self._collect(outputs)
 
     def _collect(self, outputs: list[RequestOutput]) -> None:
-        """Takes the oldest step in flight. Its tokens belong to the owners that its slots had when it was submitted."""
+        """Takes the oldest step in flight."""
         handle, scheduled = self._in_flight[0]
         self._committing = False
         result = handle.result()
         self._committing = True
         self._in_flight.popleft()
         self._collected = handle.step
-        self._scheduler.missed(scheduled, result)
-        ends = {slot: int(result.finish[slot]) for slot in np.flatnonzero(result.finish).tolist()}
-        logprobs = self._take_logprobs(scheduled, result)
-        ran = np.flatnonzero(result.num_tokens >= 0)
-        counts, tokens = result.num_tokens[ran].tolist(), result.tokens[ran].tolist()
-        for slot, count, new in zip(ran.tolist(), counts, tokens, strict=True):
-            request = scheduled.owners[slot]
-            if request is None or request.finish_reason is not None:  # it was aborted while the step ran
-                continue
-            known = request.output_token_ids
-            begin = len(known)
-            if count:
-                known += new[:count]
-                if logprobs is not None and request.params.logprobs is not None:
-                    request.logprobs.append(logprobs.of(slot, request.params.logprobs))
-            code = ends.get(slot, FinishCode.RUNNING)
-            if request.stop_strings is not None and code != FinishCode.STOP and self._found_stop(request, code):
-                count = len(known) - begin
-            elif code != FinishCode.RUNNING:
-                self._end(request, code)
-            if count or request.finish_reason is not None:
-                # Arguments by position: with names, making these objects takes half as long again.
-                outputs.append(RequestOutput(request, begin, begin + count, request.finish_reason is not None))
-
-    def _take_logprobs(self, scheduled: ScheduledStep, result: StepResult) -> LogprobRows | None:
-        """Hands out the log-probabilities of prompts; returns those of output tokens."""
-        if result.extra is None:
-            return None
-        if scheduled.prompt_chunks:
-            rows = self._program.unpack_prompt_logprobs(result.extra)
-            take_prompt_logprobs(rows, scheduled.prompt_chunks, scheduled.owners, result)
-        return LogprobRows(self._program.unpack_logprobs(result.extra), result)
-
-    def _found_stop(self, request: Request, code: int) -> bool:
-        """Ends the request if its new tokens complete a stop string; those behind that are never delivered."""
-        assert request.stop_strings is not None
-        match = request.stop_strings.find(request.output_token_ids)
-        if match is None:
-            return False
-        del request.output_token_ids[match.tokens :]
-        del request.logprobs[match.tokens :]
-        request.finish_at_stop_string(match)
-        if code in (FinishCode.RUNNING, FinishCode.PARKED):
-            self._scheduler.abort(request)  # the device does not know, and steps in flight still run it
-        else:
-            self._scheduler.retire(request)
-        self._forget(request)
-        return True
-
-    def _end(self, request: Request, code: int) -> None:
-        if code == FinishCode.PARKED:  # it goes on when its block arrives
-            return
-        if code == FinishCode.STOP:
-            request.finish_at_stop_token()
-        elif code == FinishCode.LENGTH:
-            request.finish("length")
-        else:
-            request.finish("error", "The model's logits hold no number to choose a token from.")
-        self._scheduler.retire(request)
-        self._forget(request)
-
-    def _forget(self, request: Request) -> None:
-        samples = self._live[request.request_id]
-        samples.remove(request)
-        if not samples:
-            del self._live[request.request_id]
-
-    def _take_held(self, request_id: str) -> list[RequestOutput]:
-        return [self._undelivered.pop(key) for key in [*self._undelivered] if key[0] == request_id]
-
-    def _hold(self, outputs: list[RequestOutput]) -> None:
-        """Keeps outputs for the next `step`: one for each request, however many steps pass until then."""
-        for output in outputs:
-            held = self._undelivered.get(output.key)
-            self._undelivered[output.key] = output if held is None else held.joined(output)
+        self._collector.take(scheduled, result, outputs)
 
     def _raise_if_failed(self) -> None:
         if self._failure is not None:

@@ -6,13 +6,13 @@ what those steps may have done. No device access.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from graphexec.engine.admission import admission
 from graphexec.engine.blocks import BlockAllocator
 from graphexec.engine.logprobs import PROMPT_LOGPROBS, PromptChunk
 from graphexec.engine.prefix_cache import NO_PREFIX, Prefix
@@ -189,8 +189,8 @@ class Scheduler:
             room -= len(prefix.blocks)
             if room < 0:
                 break
-            admission = _admission(request, len(prefix.blocks) * self._limits.block_size)
-            if not deltas.has_room_for(admission):
+            newcomer = admission(request, len(prefix.blocks) * self._limits.block_size)
+            if not deltas.has_room_for(newcomer):
                 break
             needed = -(-request.num_tokens // self._limits.block_size) - len(prefix.blocks)
             # One block for each running request is left alone, or the newcomer would soon be preempted for it.
@@ -199,7 +199,7 @@ class Scheduler:
                 self._refused, self._refused_slack = request, slack
                 break
             self._waiting.popleft()
-            self._attach(deltas, request, admission, prefix, blocks)
+            self._attach(deltas, request, newcomer, prefix, blocks)
             chunks.append(self._arm_chunk(deltas, request, budget))
             budget -= chunks[-1]
         return chunks
@@ -230,13 +230,13 @@ class Scheduler:
             request.entered = index + 1
 
     def _attach(
-        self, deltas: SlotDeltas, request: Request, admission: Admission, prefix: Prefix, blocks: list[int]
+        self, deltas: SlotDeltas, request: Request, newcomer: Admission, prefix: Prefix, blocks: list[int]
     ) -> None:
         slot = self._free_slots.pop()
         request.entered, request.chain = len(prefix.blocks), prefix.chain
-        request.computed = admission.seq_len
+        request.computed = newcomer.seq_len
         self.prefix_cached_tokens += request.computed
-        deltas.admit(slot, admission)
+        deltas.admit(slot, newcomer)
         deltas.supply(slot, 0, prefix.blocks)
         request.slot, request.blocks = slot, [*prefix.blocks, *blocks]
         self._owners[slot] = request
@@ -300,25 +300,3 @@ class Scheduler:
     def _variant(self) -> str:
         running = [variant for variant, count in self._variants.items() if count]
         return max(running, default=SamplerVariant.GREEDY).value
-
-
-def _admission(request: Request, seq_len: int) -> Admission:
-    params, prompt_len = request.params, len(request.prompt_token_ids)
-    return Admission(
-        seq_len=seq_len,
-        num_tokens=request.num_tokens,
-        max_len=request.max_len,
-        min_len=min(prompt_len + params.min_tokens, request.max_len),
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        seed=request.seed,
-        stop_ids=request.stop_ids,
-        prompt_len=prompt_len,
-        log_min_p=math.log(params.min_p) if params.min_p > 0 else -math.inf,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        biases=request.biases,
-        stop_sequences=tuple(map(tuple, params.stop_sequences)),
-    )

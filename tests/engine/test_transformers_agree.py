@@ -35,6 +35,19 @@ def test_greedy_tokens_are_those_of_transformers(model_type: str, tmp_path: Path
         assert output.token_ids == expected[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("head_dim", [80, 96, 256])
+def test_heads_of_other_sizes_give_the_tokens_of_transformers(head_dim: int, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", "llama", head_dim=head_dim)
+    prompt = list(range(2, 40))
+    with Engine(EngineConfig(model=str(folder), dtype="float64", device="cpu", max_num_seqs=1)) as engine:
+        (output,) = engine.generate(prompt, SamplingParams(max_tokens=20, temperature=0))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    expected = reference.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20, do_sample=False
+    )
+    assert output.token_ids == expected[0, len(prompt) :].tolist()
+
+
 @pytest.mark.parametrize(
     "scaling",
     [
