@@ -1,15 +1,15 @@
 """Measures the whole engine in steady decode: step time, host time, overhead over bare replays, bubbles, captures.
 
     python -m bench.decode --shape qwen3-0.6b --batch 1,64,256 --depth 0,1 --json PATH     (from the repository's root)
+    python -m bench.decode --prompt 1000,8000 --kv-gib 75 --depth 1                        long contexts
 
 Random weights, random prompts, greedy; the tokens of every timed run are compared with an eager run that is padded
-alike. One model serves all measurements; each pair of batch and depth gets a backend of its own, with one decode
+alike. One model serves all measurements; each batch, depth and prompt length gets a backend of its own, with one decode
 bucket and one prefill bucket. What fails is recorded, and the rest goes on; the file is rewritten after every part.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -18,57 +18,24 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from bench.load import random_prompts, steady_decode, timed_generate, window
+from bench.method import Slope
+from bench.plan import Plan, parse
 from bench.provenance import provenance
 from bench.replay import Contexts, hand_written_loop, inside, replay_back_to_back
 from bench.report import METHOD, Row, capture_summary, succeeded, table
-from bench.shapes import SHAPES, Shape, engine_config, write_config
+from bench.shapes import engine_config, write_config
 from bench.trace import device_spans, step_gaps
 from graphexec import BackendConfig, Engine, EngineConfig, create_backend, create_runtime
-from graphexec.config import CompileMode, Device
 from graphexec.engine.assemble import Assembly, assemble
 
-__all__ = ["Plan", "measure"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure.
-
-    Attributes:
-        shape: see bench.shapes.
-        batches: requests that decode together.
-        depths: overlap depths.
-        tokens: output tokens of a short and of a long run.
-        prompt_tokens: None for the shape's own.
-        repeats: runs of each length.
-        traced_steps: steps in a trace; 0 for none.
-        captures: whether to time the captures of the whole ladder.
-        compile, device: as in EngineConfig.
-        minutes: after so long no further part is begun.
-    """
-
-    shape: Shape
-    batches: tuple[int, ...] = (1, 64, 256)
-    depths: tuple[int, ...] = (0, 1)
-    tokens: tuple[int, int] = (32, 288)
-    prompt_tokens: int | None = None
-    repeats: int = 3
-    traced_steps: int = 128
-    captures: bool = True
-    compile: CompileMode | None = None
-    device: Device = "auto"
-    minutes: float | None = None
-
-    @property
-    def prompt(self) -> int:
-        return self.prompt_tokens or self.shape.prompt_tokens
+__all__ = ["measure"]
 
 
 Save = Callable[[Row], None]
@@ -90,12 +57,16 @@ class _Run:
         self._save = save
         self._started = time.perf_counter()
         self._rows: list[Row] = []
-        self._skipped: list[str] = []
+        self._skipped: list[str] = plan.too_large()
         self._errors: list[Row] = []
-        self._eager: dict[int, list[list[int]]] = {}
+        self._eager: dict[tuple[int, int], list[list[int]]] = {}
+        self._eager_rows: list[Row] = []
         self._captures: Row = {}
         self.results: Row = {
+            "system": "graphexec",
+            "handicap": None,
             "decode": self._rows,
+            "eager": self._eager_rows,
             "capture": self._captures,
             "skipped": self._skipped,
             "errors": self._errors,
@@ -112,6 +83,8 @@ class _Run:
             largest_batch=largest,
             device=plan.device,
             compile=plan.compile,
+            max_model_len=plan.max_model_len,
+            kv_tokens=max(plan.kv_tokens(*load) for load in plan.loads()),
         )
         started = time.perf_counter()
         self._parts: Assembly = assemble(self._config, None)  # loads, and compiles by running steps eagerly
@@ -120,7 +93,7 @@ class _Run:
         self._is_cuda = resolved.device.type == "cuda"
         self.results |= provenance(command, resolved.device) | {
             "shape": plan.shape.name,
-            "plan": asdict(replace(plan, shape=plan.shape.name)) | {"prompt_tokens": plan.prompt},  # type: ignore[arg-type]  # a name for JSON
+            "plan": plan.as_dict(),
             "engine": self._config.model_dump(mode="json", exclude={"backend", "model"})
             | {"compile": resolved.compile, "dtype": str(resolved.dtype)},
             "method": METHOD,
@@ -128,11 +101,12 @@ class _Run:
         }
         self._save(self.results)
         for depth in plan.depths:
-            for batch in plan.batches:
-                self._try(f"batch {batch}, depth {depth}", partial(self._decode, batch, depth))
-        if plan.captures:
-            for name, verify in (("first", False), ("again", False), ("verified", True)):
-                self._try(f"capture of the ladder, {name}", partial(self._capture, name, verify))
+            for batch, prompt in plan.loads():
+                part = partial(self._decode, batch, prompt, depth)
+                self._try(f"batch {batch}, prompts of {prompt}, depth {depth}", part)
+            if plan.captures and depth == plan.depths[0]:  # before the other depths, which can best be spared
+                for name, verify in (("first", False), ("again", False), ("verified", True)):
+                    self._try(f"capture of the ladder, {name}", partial(self._capture, name, verify))
         self.results["seconds"] = time.perf_counter() - self._started
         self._save(self.results)
 
@@ -164,12 +138,12 @@ class _Run:
         with _engine_over(self._parts, self._config, backend) as engine:
             yield engine
 
-    def _decode(self, batch: int, depth: int) -> None:
+    def _decode(self, batch: int, prompt: int, depth: int) -> None:
         plan, short, long = self._plan, *self._plan.tokens
-        prompts = random_prompts(batch, plan.prompt, plan.shape.vocab_size)
-        expected = self._eager_tokens(batch, prompts)
-        contexts = Contexts(batch, plan.prompt + short - 1, plan.prompt + long)
-        row: Row = {"batch": batch, "depth": depth}
+        prompts = random_prompts(batch, prompt, plan.shape.vocab_size)
+        expected = self._eager_tokens(batch, prompt, prompts)
+        contexts = Contexts(batch, prompt + short - 1, prompt + long)
+        row: Row = {"batch": batch, "prompt_tokens": prompt, "depth": depth}
         self._rows.append(row)
         with self._engine("cudagraph", batch, depth) as engine:
             timed_generate(engine, prompts, max(short // 2, 2))  # warm
@@ -183,38 +157,38 @@ class _Run:
                     seconds.append(taken)
                     differing.append(_differing(given, expected))
                 bare.append(replay_back_to_back(inside(engine), contexts, long - short)[0])
-            step_ms = (statistics.median(longs) - statistics.median(shorts)) / (long - short) * 1e3
+            slope = Slope(plan.tokens, shorts, longs)
             bare_ms = statistics.median(bare)
             row |= {
-                "decode_step_ms": step_ms,
+                "decode_step_ms": slope.step_ms,
                 "bare_replay_ms": bare_ms,
-                "overhead": step_ms / bare_ms,
-                "tokens_per_s": batch / step_ms * 1e3,
+                "overhead": slope.step_ms / bare_ms,
+                "tokens_per_s": batch / slope.step_ms * 1e3,
                 "runs_with_other_tokens_than_eager": sum(count > 0 for count in differing),
-                "samples": {
-                    "short_run_s": shorts,
-                    "long_run_s": longs,
-                    "bare_replay_ms": bare,
-                    "requests_with_other_tokens_than_eager": differing,
-                },
+                "samples": slope.samples()
+                | {"bare_replay_ms": bare, "requests_with_other_tokens_than_eager": differing},
             }
             self._save(self.results)
-            self._try(f"windows of batch {batch}, depth {depth}", partial(self._windows, row, engine, prompts))
+            load = f"batch {batch}, prompts of {prompt}, depth {depth}"
+            self._try(f"windows of {load}", partial(self._windows, row, engine, prompts))
             if self._is_cuda and plan.traced_steps:
-                self._try(f"trace of batch {batch}, depth {depth}", partial(self._trace, row, engine, prompts))
+                self._try(f"trace of {load}", partial(self._trace, row, engine, prompts))
             if self._is_cuda and depth == plan.depths[0]:
-                by_hand = partial(self._hand_written, row, engine, contexts)
-                self._try(f"hand-written loop, batch {batch}", by_hand)
+                self._try(f"hand-written loop, {load}", partial(self._hand_written, row, engine, contexts))
 
-    def _eager_tokens(self, batch: int, prompts: list[list[int]]) -> list[list[int]]:
-        if batch not in self._eager:
+    def _eager_tokens(self, batch: int, prompt: int, prompts: list[list[int]]) -> list[list[int]]:
+        """What the timed runs must give; the eager backend's own step comes out on the way."""
+        if (batch, prompt) not in self._eager:
+            short, long = self._plan.tokens
             with self._engine("eager", batch, depth=1) as engine:
                 timed_generate(engine, prompts, 2)
-                seconds, self._eager[batch] = timed_generate(engine, prompts, self._plan.tokens[1])
-            eager = self.results.setdefault("eager_long_run_s", {})
-            assert isinstance(eager, dict)
-            eager[str(batch)] = seconds
-        return self._eager[batch]
+                short_s, _ = timed_generate(engine, prompts, short)
+                long_s, self._eager[batch, prompt] = timed_generate(engine, prompts, long)
+            slope = Slope(self._plan.tokens, [short_s], [long_s])
+            self._eager_rows.append(
+                {"batch": batch, "prompt_tokens": prompt, "decode_step_ms": slope.step_ms, "samples": slope.samples()}
+            )
+        return self._eager[batch, prompt]
 
     def _windows(self, row: Row, engine: Engine, prompts: list[list[int]]) -> None:
         plan = self._plan
@@ -249,15 +223,18 @@ class _Run:
         """Warms a backend up for the whole ladder, and throws it away."""
         if self._is_cuda:
             torch.cuda.empty_cache()
-        backend = create_backend(BackendConfig(verify=verify), create_runtime(self._parts.resolved.device))
+        runtime = create_runtime(self._parts.resolved.device)
+        backend = create_backend(BackendConfig(verify=verify), runtime)
         try:
             backend.prepare(self._parts.program)
+            used = runtime.used()
             started = time.perf_counter()
             manifest = backend.warmup()
             seconds = time.perf_counter() - started
+            taken_mib = (runtime.used() - used) / 2**20
         finally:
             backend.close()
-        self._captures[name] = {"wall_s": seconds, **capture_summary(manifest)}
+        self._captures[name] = {"wall_s": seconds, "device_mib": taken_mib, **capture_summary(manifest)}
 
 
 @contextmanager
@@ -281,49 +258,8 @@ def _differing(given: list[list[int]], expected: list[list[int]]) -> int:
     return sum(own != other[: len(own)] for own, other in zip(given, expected, strict=True))
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _parse(arguments: list[str]) -> tuple[Plan, Path | None]:
-    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-0.6b")
-    parser.add_argument("--batch", type=_integers, default=(1, 64, 256), help="requests that decode together")
-    parser.add_argument("--depth", type=_integers, default=(0, 1), help="overlap depths")
-    parser.add_argument("--tokens", type=_integers, default=(32, 288), help="of a short and of a long run")
-    parser.add_argument("--prompt", type=int, help="tokens of a prompt; the shape's own by default")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each length")
-    parser.add_argument("--traced-steps", type=int, default=128, help="0 for no trace")
-    parser.add_argument("--no-captures", action="store_true", help="do not time the captures of the whole ladder")
-    parser.add_argument("--compile", choices=("model", "layer", "off"))
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--minutes", type=float, help="after so long no further part is begun")
-    parser.add_argument("--json", type=Path, help="file for the results")
-    given = parser.parse_args(arguments)
-    if len(given.tokens) != 2 or not 0 < given.tokens[0] < given.tokens[1]:
-        parser.error("--tokens takes two rising numbers")
-    shape = SHAPES[given.shape]
-    longest = (given.prompt or shape.prompt_tokens) + given.tokens[1]
-    if longest >= shape.max_model_len:
-        parser.error(f"prompt and output have {longest} tokens, and {shape.name} is set up for {shape.max_model_len}")
-    plan = Plan(
-        shape=shape,
-        batches=given.batch,
-        depths=given.depth,
-        tokens=given.tokens,
-        prompt_tokens=given.prompt,
-        repeats=given.repeats,
-        traced_steps=given.traced_steps,
-        captures=not given.no_captures,
-        compile=given.compile,
-        device=given.device,
-        minutes=given.minutes,
-    )
-    return plan, given.json
-
-
 def main(arguments: list[str]) -> int:
-    plan, path = _parse(arguments)
+    plan, path = parse(arguments, __doc__.splitlines()[0])
 
     def save(results: Row) -> None:
         if path is not None:

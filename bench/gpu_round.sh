@@ -1,24 +1,36 @@
 #!/usr/bin/env bash
-# One round on a GPU machine without network: `bench/gpu_round.sh tests` or `bench/gpu_round.sh bench`, from anywhere.
+# One round on a GPU machine without network: `bench/gpu_round.sh ROUND`, from anywhere.
+#
+#   tests                         tests that need a GPU, and a memory check of the kernels
+#   bench, bench-8b               decode steps at every batch and depth, by shape; capture
+#   context, context-8b           the same with prompts of 1,000 and 8,000 tokens
+#   startup                       process start to first token, by compile mode, cold and warm
+#   calls                         what the host, the driver and single replays cost (pytest-benchmark)
+#   peer-unpack                   puts away what lies in .peer/a and .peer/b (bench/peers/vllm/pack.sh), and sets vLLM up
+#                                 once both have come: they are too large to travel together
+#   peer, peer-8b                 vLLM and graphexec, by shape
+#   peer-torch                    transformers' continuous batching, torch.compile, and graphexec
 #
 # Each takes less than 7 minutes: every part has a limit of its own and of what is left, and one that fails does not keep
-# the next from running. Results lie in $OUT (a new folder if it is unset); the exit code is 1 if a part failed.
-# GRAPHEXEC_COMMIT names the commit where the checkout travels without its history. Wheels in .whl/ are installed first.
+# the next from running. Results lie in $OUT (a new folder if it is unset), named as bench/results/h200/ wants them; the
+# exit code is 1 if a part failed. GRAPHEXEC_COMMIT names the commit where the checkout travels without its history.
+# Wheels in .whl/ are installed first.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
+rounds="tests|bench|bench-8b|context|context-8b|startup|calls|peer-unpack|peer|peer-8b|peer-torch"
 round=${1:-}
-case "$round" in
-tests | bench) ;;
-*)
-  echo "usage: bench/gpu_round.sh tests|bench" >&2
+if [[ -z $round || $round == *"|"* || "|$rounds|" != *"|$round|"* ]]; then
+  echo "usage: bench/gpu_round.sh $rounds" >&2
   exit 2
-  ;;
-esac
+fi
 limit=${GPU_ROUND_SECONDS:-410}
 OUT=${OUT:-$(mktemp -d)}
+BENCH_ROUND="$round $(date -u +%Y-%m-%dT%H:%M:%SZ)" # in every file: which were measured together
 mkdir -p "$OUT"
-export OUT PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export OUT BENCH_ROUND PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+parts=${PEER_PARTS:-/tmp/graphexec_peer}
+site=${PEER_SITE:-/tmp/vllm_site}
 failed=()
 
 left() { echo $((limit - SECONDS)); }
@@ -34,7 +46,7 @@ part() {
     return
   fi
   echo "== $name (at most $seconds s): $*"
-  timeout --signal=INT --kill-after=20 "$seconds" "$@"  # INT: pytest still writes what it has
+  BENCH_STARTED=$(date +%s.%N) timeout --signal=INT --kill-after=20 "$seconds" "$@" # INT: pytest still writes what it has
   code=$?
   echo "== $name: exit code $code after $SECONDS s of the round"
   if ((code == 124 || code == 137)) && [[ -n ${may_run_out:-} ]]; then
@@ -79,17 +91,73 @@ tests() {
   fi
 }
 
-bench() {
-  part "host" 70 python3 -m pytest bench/test_host.py -q --benchmark-json="$OUT/host.json" \
+# decode MINUTES FILE WORD...: a measurement that begins nothing after so many minutes, and has the round to end in.
+decode() {
+  local minutes=$1 file=$2
+  shift 2
+  part "$file" 400 python3 -m bench.decode --minutes "$minutes" --json "$OUT/$file.json" "$@"
+}
+
+bench() { decode 5.8 decode-qwen3-0.6b --shape qwen3-0.6b --depth 1,0,2; }
+bench-8b() { decode 5.5 decode-qwen3-8b --shape qwen3-8b --depth 1,0,2 --traced-steps 64; }
+context() { decode 4.8 context-qwen3-0.6b --shape qwen3-0.6b --batch 1,64,256 --prompt 1000,8000 --kv-gib 75 --depth 1 --no-captures; }
+context-8b() { decode 4.8 context-qwen3-8b --shape qwen3-8b --batch 1,8,64 --prompt 1000,8000 --kv-gib 40 --depth 1 --no-captures; }
+
+startup() {
+  part "startup" 400 python3 -m bench.startup --shape qwen3-0.6b --compile layer,model,off --minutes 4.5 \
+    --json "$OUT/startup-qwen3-0.6b.json"
+}
+
+calls() {
+  part "host" 90 python3 -m pytest bench/test_host.py -q --benchmark-json="$OUT/host.json" \
     --benchmark-columns=median,mean,max,rounds
-  part "decode" 240 python3 -m bench.decode --shape qwen3-0.6b --batch 1,64,256 --depth 1,0,2 --minutes 3.0 \
-    --json "$OUT/decode-qwen3-0.6b.json"
-  part "gpu" 130 python3 -m pytest bench/test_gpu.py -q -rs --benchmark-json="$OUT/gpu.json" \
+  part "gpu" 200 python3 -m pytest bench/test_gpu.py -q -rs --benchmark-json="$OUT/gpu.json" \
     --benchmark-columns=median,mean,max,rounds
 }
 
+# Both are kept outside of the checkout: of that, the next call brings another copy.
+peer-unpack() {
+  local name
+  mkdir -p "$parts"
+  for name in a b; do
+    if [[ -d .peer/$name ]]; then rm -rf "${parts:?}/$name" && mv ".peer/$name" "$parts/$name"; fi
+  done
+  if [[ -d $parts/a && -d $parts/b ]]; then
+    part "vLLM's set-up" 300 bash bench/peers/vllm/setup.sh "$parts/a" "$parts/b" "$site"
+  else
+    echo "== there is $(ls "$parts") so far; bring the other part of .peer/, too"
+  fi
+}
+
+# beside SHAPE NAME VLLM_SECONDS: vLLM first, since it is the one that may fail to start.
+beside() {
+  if [[ -e $site/.complete ]]; then
+    PYTHONPATH="$site:$PWD" part "vllm, $1" "$3" python3 -m bench.peers.vllm.bench --shape "$1" --traced --json "$OUT/$2-vllm.json"
+  else
+    echo "== vLLM is not set up: peer-unpack comes first"
+    failed+=("vllm")
+  fi
+  ours "$1" "$2"
+}
+
+# ours SHAPE NAME: graphexec on the same card in the same minutes.
+ours() {
+  part "graphexec, $1" 200 python3 -m bench.decode --shape "$1" --depth 1 --no-captures --traced-steps 64 --minutes 2.5 \
+    --json "$OUT/$2-graphexec.json"
+}
+
+peer() { beside qwen3-0.6b peer-qwen3-0.6b 220; }
+peer-8b() { beside qwen3-8b peer-qwen3-8b 240; }
+
+peer-torch() {
+  part "torch.compile" 170 python3 -m bench.peers.compiled --batch 1,64 --traced --minutes 1.2 --json "$OUT/peer-torch-qwen3-0.6b-compiled.json"
+  part "transformers" 100 python3 -m bench.peers.transformers_batching --batch 1,8,64 --traced --minutes 0.6 \
+    --json "$OUT/peer-torch-qwen3-0.6b-transformers.json"
+  ours qwen3-0.6b peer-torch-qwen3-0.6b
+}
+
 run() {
-  install
+  if [[ $round != peer-unpack ]]; then install; fi
   "$round"
   ls -l "$OUT"
   if ((${#failed[@]})); then

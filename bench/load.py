@@ -7,20 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
-
+from bench.method import random_prompts
 from graphexec import Engine, SamplingParams
 
 __all__ = ["Window", "greedy", "random_prompts", "steady_decode", "timed_generate", "window"]
 
 _SETTLING_STEPS = 8  # more than the deepest pipeline
-_HIGHEST_TOKEN = 30000
-
-
-def random_prompts(count: int, length: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
-    """`count` prompts of `length` random token ids."""
-    drawn = np.random.default_rng(seed).integers(0, min(_HIGHEST_TOKEN, vocab_size), (count, length))
-    return [row.tolist() for row in drawn]
 
 
 def greedy(tokens: int) -> SamplingParams:

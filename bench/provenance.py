@@ -1,4 +1,4 @@
-"""Where a result comes from: commit, versions, device, command."""
+"""Where a result comes from: commit, versions, device, command, and the round that it shares with others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 __all__ = ["provenance"]
 
-_PACKAGES = ("torch", "triton", "transformers", "cuda-python", "cuda-bindings", "numpy", "pytest-benchmark")
+_PACKAGES = ("torch", "triton", "transformers", "cuda-python", "cuda-bindings", "numpy", "pytest-benchmark", "vllm")
 
 
 def provenance(command: list[str], device: torch.device) -> dict[str, object]:
@@ -26,6 +26,7 @@ def provenance(command: list[str], device: torch.device) -> dict[str, object]:
     is_cuda = device.type == "cuda"
     return {
         "commit": _commit(),
+        "round": os.environ.get("BENCH_ROUND"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
         "device": torch.cuda.get_device_name(device) if is_cuda else platform.processor() or platform.machine(),

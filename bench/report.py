@@ -26,7 +26,10 @@ METHOD = {
     "bucket; the hand-written loop against the bare replays.",
     "capture": "warm-up of a new backend over the ladder to max_num_seqs for every sampler variant. wall_s is all of "
     "it, with one eager step of each shape before its capture (warmup_s); capture_s is capture and instantiation "
-    "alone. The first pass also compiles what no step before it has needed.",
+    "alone. The first pass also compiles what no step before it has needed. pool_mib: by how much a capture made the "
+    "pool grow that all graphs share, so the largest bucket, which comes first, pays for the others. device_mib: by "
+    "how much the memory in use grew in all, as the driver counts it, its own share of the graphs included.",
+    "eager": "one run of each length on the eager backend, the tokens of which the others must give.",
 }
 """What the figures mean; part of every results file."""
 
@@ -41,8 +44,15 @@ def capture_summary(manifest: Manifest) -> Row:
             "capture_s": sum(graph.capture_s for graph in graphs),
             "pool_mib": sum(graph.pool_bytes for graph in graphs) / 2**20,
             "most_nodes": max(graph.nodes for graph in graphs),
-            "buckets": [graph.key.bucket for graph in graphs],
-            "capture_samples_s": [graph.capture_s for graph in graphs],
+            "by_bucket": [
+                {
+                    "bucket": graph.key.bucket,
+                    "nodes": graph.nodes,
+                    "pool_mib": graph.pool_bytes / 2**20,
+                    "capture_s": graph.capture_s,
+                }
+                for graph in graphs
+            ],
         }
     return {
         "capture_s": manifest.capture_s,
@@ -55,8 +65,9 @@ def capture_summary(manifest: Manifest) -> Row:
 def table(results: Row) -> str:
     """The figures of a results file as text."""
     columns = {
-        "batch": "batch", "depth": "depth", "decode_step_ms": "step ms", "bare_replay_ms": "bare ms",
-        "overhead": "overhead", "host_us": "host us", "wait_us": "wait us", "bubble_us.p50": "bubble p50",
+        "prompt_tokens": "prompt", "batch": "batch", "depth": "depth", "decode_step_ms": "step ms",
+        "bare_replay_ms": "bare ms", "overhead": "overhead", "host_us": "host us", "wait_us": "wait us",
+        "bubble_us.p50": "bubble p50",
         "bubble_us.p99": "p99 us", "busy": "busy", "hand_written_ms": "by hand ms",
         "runs_with_other_tokens_than_eager": "runs != eager",
     }  # fmt: skip
@@ -65,15 +76,20 @@ def table(results: Row) -> str:
     assert isinstance(decode, list)
     rows += [[_shown(_look_up(row, name)) for name in columns] for row in decode]
     lines = _aligned(rows)
+    eager = results["eager"]
+    assert isinstance(eager, list)
+    for row in eager:
+        load = f"batch {row['batch']}, prompts of {row['prompt_tokens']}"
+        lines.append(f"eager, {load}: {_shown(row['decode_step_ms'])} ms a step")
     captures = results["capture"]
     assert isinstance(captures, dict)
     if captures:
-        passes = [["capture", "graphs of", "graphs", "warm-up s", "capture s", "wall s", "pool MiB"]]
+        passes = [["capture", "graphs of", "graphs", "warm-up s", "capture s", "wall s", "pool MiB", "device MiB"]]
         for name, entry in captures.items():
             for variant, each in entry["variants"].items():
-                figures = (each["graphs"], each["warmup_s"], each["capture_s"], None, each["pool_mib"])
+                figures = (each["graphs"], each["warmup_s"], each["capture_s"], None, each["pool_mib"], None)
                 passes.append([name, variant, *map(_shown, figures)])
-            figures = (None, None, entry["capture_s"], entry["wall_s"], entry["pool_mib"])
+            figures = (None, None, entry["capture_s"], entry["wall_s"], entry["pool_mib"], entry["device_mib"])
             passes.append([name, "all", *map(_shown, figures)])
         lines += ["", *_aligned(passes)]
     for kind in ("skipped", "errors"):

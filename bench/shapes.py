@@ -1,13 +1,18 @@
-"""The model shapes that speed is measured on, and engine configurations for them with random weights."""
+"""The model shapes that speed is measured on, and engine configurations for them with random weights.
+
+Importing it imports nothing of graphexec: the peers are measured on the same shapes.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from graphexec import BackendConfig, EngineConfig
-from graphexec.config import CompileMode, Device
+if TYPE_CHECKING:
+    from graphexec import BackendConfig, EngineConfig
+    from graphexec.config import CompileMode, Device
 
 __all__ = ["SHAPES", "Shape", "engine_config", "write_config"]
 
@@ -50,9 +55,24 @@ class Shape:
 
     @property
     def vocab_size(self) -> int:
-        size = self.config["vocab_size"]
-        assert isinstance(size, int)
-        return size
+        return self._integer("vocab_size")
+
+    @property
+    def most_positions(self) -> int:
+        """The longest sequence that the model has positions for, tokens."""
+        return self._integer("max_position_embeddings")
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values of one token, over all layers."""
+        element = 4 if self.config["dtype"] == "float32" else 2
+        heads = self._integer("num_key_value_heads") * self._integer("head_dim")
+        return 2 * self._integer("num_hidden_layers") * heads * element
+
+    def _integer(self, name: str) -> int:
+        value = self.config[name]
+        assert isinstance(value, int)
+        return value
 
 
 SHAPES: dict[str, Shape] = {
@@ -125,19 +145,33 @@ def engine_config(
     largest_batch: int = 1,
     device: Device = "auto",
     compile: CompileMode | None = None,
+    max_model_len: int | None = None,
+    kv_tokens: int | None = None,
 ) -> EngineConfig:
-    """An engine for `shape`, whose `write_config` folder is `folder`, with a KV block for every token it may hold."""
+    """An engine for `shape`, whose `write_config` folder is `folder`.
+
+    Args:
+        max_model_len: longest prompt plus output, tokens; None for the shape's.
+        kv_tokens: tokens that the KV cache must hold; None for every slot at full length.
+    """
+    from graphexec import EngineConfig  # here: what peers import must not need it
+
     block_size = 16
     slots = max(shape.max_num_seqs, largest_batch)
+    longest = max_model_len or shape.max_model_len
+    rows = max(shape.max_num_batched_tokens, slots)
+    blocks = slots * -(-longest // block_size)
+    if kv_tokens is not None:  # a partial block for each slot, and as many as the largest step of a warm-up touches
+        blocks = max(kv_tokens // block_size, rows // block_size) + 2 * slots
     return EngineConfig(
         model=str(folder),
         load_format="random",
         device=device,
         max_num_seqs=slots,
-        max_model_len=shape.max_model_len,
-        max_num_batched_tokens=max(shape.max_num_batched_tokens, slots),
+        max_model_len=longest,
+        max_num_batched_tokens=rows,
         kv_block_size=block_size,
-        num_kv_blocks=slots * -(-shape.max_model_len // block_size),
+        num_kv_blocks=blocks,
         prefix_caching=False,  # or the second run of the same prompts would compute next to nothing of them
         compile=compile,
         backend=backend,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Span", "StepGaps", "device_spans", "step_gaps"]
+__all__ = ["Span", "StepGaps", "device_spans", "kernel_ns", "step_gaps"]
 
 _LAST_KERNEL = "_update"  # of every step: graphexec.kernels.update
 _NOT_KERNELS = ("Memcpy", "Memset", "ProfilerStep")
@@ -73,6 +73,12 @@ def _spans_of(traced: profile) -> Iterable[Span]:
             yield Span(event.name, round(event.time_range.start * 1e3), round(event.time_range.end * 1e3))
 
 
+def kernel_ns(spans: Iterable[Span]) -> int:
+    """Nanoseconds in which at least one kernel runs; copies and fills are no kernels."""
+    kernels = _kernels(spans)
+    return _covered_ns(kernels) if kernels else 0
+
+
 def step_gaps(spans: Iterable[Span], skip: int = 4) -> StepGaps:
     """Splits a trace into steps at the last kernel of each; copies and fills count neither as work nor as an end.
 
@@ -83,7 +89,7 @@ def step_gaps(spans: Iterable[Span], skip: int = 4) -> StepGaps:
     Raises:
         RuntimeError: the trace holds too few steps.
     """
-    kernels = sorted((span for span in spans if not span.name.startswith(_NOT_KERNELS)), key=lambda span: span.start_ns)
+    kernels = _kernels(spans)
     ends = [index for index, span in enumerate(kernels) if span.name.startswith(_LAST_KERNEL)]
     if len(ends) < skip + 3:
         names = sorted({span.name for span in kernels})[:8]
@@ -102,6 +108,10 @@ def step_gaps(spans: Iterable[Span], skip: int = 4) -> StepGaps:
         step_us=float(np.median(np.diff(finishes))) / 1e3,
         kernels=int(np.median(np.diff(ends))),
     )
+
+
+def _kernels(spans: Iterable[Span]) -> list[Span]:
+    return sorted((span for span in spans if not span.name.startswith(_NOT_KERNELS)), key=lambda span: span.start_ns)
 
 
 def _end(kernels: Sequence[Span]) -> int:

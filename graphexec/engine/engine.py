@@ -58,6 +58,7 @@ class Engine:
         self.num_kv_blocks = parts.num_blocks - 1
         self.tokenizer = parts.tokenizer
         self._backend = parts.backend
+        self._program = parts.program
         self._depth = config.backend.overlap_depth
         allocator = BlockAllocator(parts.num_blocks, PrefixCache() if config.prefix_caching else None)
         self._scheduler = Scheduler(parts.limits, allocator, self.resolved.max_num_batched_tokens, self._depth + 1)
@@ -65,7 +66,7 @@ class Engine:
             parts.tokenizer, parts.limits, self.num_kv_blocks, parts.vocab_size, parts.eos_token_ids, config.seed
         )
         self._live: dict[str, list[Request]] = {}  # the samples of each prompt that still run
-        self._collector = Collector(self._scheduler, parts.program, self._live)
+        self._collector = Collector(self._scheduler, self._program, self._live)
         self._in_flight: deque[_InFlight] = deque()
         self._outbox = Outbox()
         self._abandoned: set[str] = set()

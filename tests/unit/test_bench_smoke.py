@@ -45,6 +45,7 @@ def test_a_small_run_on_the_cpu_gives_every_figure(
     assert results["errors"] == results["skipped"] == []
     assert results["command"].startswith("python -m bench.decode --shape tiny")
     assert [(row["depth"], row["batch"]) for row in results["decode"]] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [(row["batch"], len(row["samples"]["long_run_s"])) for row in results["eager"]] == [(1, 1), (2, 1)]
     for row in results["decode"]:
         assert row["runs_with_other_tokens_than_eager"] == 0
         assert row["overhead"] == pytest.approx(row["decode_step_ms"] / row["bare_replay_ms"])
@@ -54,9 +55,46 @@ def test_a_small_run_on_the_cpu_gives_every_figure(
     assert {name: set(entry["variants"]) for name, entry in results["capture"].items()} == {
         name: {"greedy", "sampled", "shaped", "logprobs"} for name in ("first", "again", "verified")
     }
+    greedy = results["capture"]["again"]["variants"]["greedy"]
+    assert [(entry["bucket"], entry["pool_mib"]) for entry in greedy["by_bucket"]] == [(2, 0.0), (1, 0.0)]
     printed = capsys.readouterr().out
     assert printed.strip() == table(results)
     assert "overhead" in printed
+
+
+def test_long_prompts_are_measured_where_their_keys_and_values_fit(tmp_path: Path, one_thread: None) -> None:
+    path = tmp_path / "context.json"
+    long = ["--prompt", "20,90", "--kv-gib", "0.0002", "--depth", "1", "--repeats", "1", "--no-captures"]
+    assert bench.decode.main([*TINY, *long, "--json", str(path)]) == 0
+    results = json.loads(path.read_text())
+    assert [(row["prompt_tokens"], row["batch"]) for row in results["decode"]] == [(20, 1), (20, 2), (90, 1)]
+    assert all(row["runs_with_other_tokens_than_eager"] == 0 for row in results["decode"])
+    assert len(results["skipped"]) == 1
+    assert results["skipped"][0].startswith("batch 2, prompts of 90: its keys and values take")
+    assert results["engine"]["max_model_len"] == 90 + 24 + 16
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", "500"], "tiny has 512 positions, and 540 are asked"),
+        (["--kv-gib", "0.000001"], "nothing fits into --kv-gib: batch 1, prompts of 12"),
+        (["--tokens", "8,8"], "two rising numbers"),
+        (["--batch", "one"], "invalid integers value"),
+    ],
+)
+def test_a_plan_that_cannot_be_measured_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench.decode.main([*TINY, *words])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_keys_and_values_of_the_published_shapes_have_their_known_size() -> None:
+    assert SHAPES["qwen3-0.6b"].kv_bytes == 28 * 2 * 8 * 128 * 2
+    assert SHAPES["tiny"].kv_bytes == 2 * 2 * 1 * 64 * 4
 
 
 def test_when_the_time_is_up_the_rest_is_named(tmp_path: Path, one_thread: None) -> None:
@@ -64,7 +102,7 @@ def test_when_the_time_is_up_the_rest_is_named(tmp_path: Path, one_thread: None)
     assert bench.decode.main([*TINY, "--depth", "1", "--minutes", "0", "--json", str(path)]) == 0
     results = json.loads(path.read_text())
     assert results["decode"] == []
-    assert results["skipped"][:2] == ["batch 1, depth 1", "batch 2, depth 1"]
+    assert results["skipped"][:2] == [f"batch {batch}, prompts of 12, depth 1" for batch in (1, 2)]
 
 
 def test_a_part_that_fails_does_not_keep_the_next_from_running(
@@ -78,7 +116,9 @@ def test_a_part_that_fails_does_not_keep_the_next_from_running(
     arguments = [*TINY, "--depth", "1", "--repeats", "1", "--no-captures", "--json", str(path)]
     assert bench.decode.main(arguments) == 1
     results = json.loads(path.read_text())
-    assert [error["part"] for error in results["errors"]] == [f"windows of batch {batch}, depth 1" for batch in (1, 2)]
+    assert [error["part"] for error in results["errors"]] == [
+        f"windows of batch {batch}, prompts of 12, depth 1" for batch in (1, 2)
+    ]
     assert all(row["decode_step_ms"] for row in results["decode"])
 
 
@@ -162,4 +202,10 @@ def test_the_round_on_the_gpu_is_a_script_that_refuses_other_words() -> None:
     script = str(ROOT / "bench" / "gpu_round.sh")
     subprocess.run(["bash", "-n", script], check=True)
     done = subprocess.run(["bash", script, "toast"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "usage: bench/gpu_round.sh tests|bench\n")
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: bench/gpu_round.sh tests|bench|bench-8b|context|")
+    text = Path(script).read_text()
+    for name in done.stderr.split()[-1].split("|"):
+        assert f"\n{name}() {{" in text, f"{name} is offered, and is no function of the script"
+    for part in ("", "bench|bench-8b", "install"):  # a function that is no round, too
+        assert subprocess.run(["bash", script, part], capture_output=True).returncode == 2

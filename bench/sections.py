@@ -1,0 +1,213 @@
+"""The README's benchmark sections, as Markdown made from results files."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+from bench.committed import Committed, Results, shown
+from bench.plots import PLOTS, Figure
+
+__all__ = ["SECTIONS", "figures"]
+
+_OURS_DEPTH = 1
+"""The depth that is compared with peers: the default."""
+
+
+def decode(committed: Committed) -> list[str]:
+    lines: list[str] = []
+    for name, results in committed.kind("decode").items():
+        lines += _heading(results, f"prompts of {_prompts(results)} tokens")
+        depths = sorted({row["depth"] for row in results["decode"]})
+        main = _OURS_DEPTH if _OURS_DEPTH in depths else depths[0]
+        head = ["batch", *(f"step ms, depth {depth}" for depth in depths), "bare replay ms", "overhead", "host µs"]
+        head += ["bubble µs, p50 / p99", "busy", "by hand ms", "eager ms"]
+        eager = {(row["prompt_tokens"], row["batch"]): row["decode_step_ms"] for row in results["eager"]}
+        body = []
+        for load, by_depth in _by_load(results).items():
+            row = by_depth.get(main, {})
+            by_hand = next((each["hand_written_ms"] for each in by_depth.values() if "hand_written_ms" in each), None)
+            steps = [by_depth.get(depth, {}).get("decode_step_ms") for depth in depths]
+            cells = [*steps, row.get("bare_replay_ms"), row.get("overhead"), row.get("host_us")]
+            body.append([shown(load[1]), *map(shown, cells), _bubble(row), shown(row.get("busy")), shown(by_hand)])
+            body[-1].append(shown(eager.get(load)))
+        lines += [*_table(head, body), "", f"From overhead to busy: at depth {main}.", "", _image(f"{name}.png"), ""]
+    return lines
+
+
+def context(committed: Committed) -> list[str]:
+    lines: list[str] = []
+    for results in committed.kind("context").values():
+        lines += _heading(results, "long prompts")
+        head = ["prompt", "batch", "depth", "step ms", "bare replay ms", "overhead", "busy", "by hand ms"]
+        names = (
+            "prompt_tokens",
+            "batch",
+            "depth",
+            "decode_step_ms",
+            "bare_replay_ms",
+            "overhead",
+            "busy",
+            "hand_written_ms",
+        )
+        lines += [*_table(head, [[shown(row.get(name)) for name in names] for row in results["decode"]]), ""]
+        lines += [*(f"Left out: {reason}." for reason in results["skipped"]), ""] if results["skipped"] else []
+    return lines
+
+
+def peers(committed: Committed) -> list[str]:
+    lines: list[str] = []
+    for name, systems in committed.peers().items():
+        lines += _heading(systems[0], "decode step, ms; in brackets, a peer's time over graphexec's")
+        tables = [_steps(results) for results in systems]
+        loads = sorted({load for steps in tables for load in steps})
+        ours = tables[0] if systems[0]["system"] == "graphexec" else {}
+        body = [
+            [shown(prompt), shown(batch), *(_beside(steps, ours, (prompt, batch)) for steps in tables)]
+            for prompt, batch in loads
+        ]
+        lines += [*_table(["prompt", "batch", *(results["system"] for results in systems)], body), ""]
+        lines += [f"- {each['system']}: {each['handicap']}" for each in systems if each["handicap"]]
+        if len({results.get("round") for results in systems}) > 1:
+            lines.append("- Not all of these were measured in one run: the quotients hold to about 8 %.")
+        lines += ["", _image(f"{name}.png"), ""]
+    return lines
+
+
+def startup(committed: Committed) -> list[str]:
+    lines: list[str] = []
+    for results in committed.kind("startup").values():
+        lines += _heading(results, "seconds from the start of the process")
+        batches = sorted({step["batch"] for row in results["startup"] for step in row["steps"]})
+        names = ("ready_s", "first_token_s", "compile_s", "capture_s")
+        head = ["compile", "caches", "ready", "first token", "of which compiling", "capturing"]
+        head += [f"step ms, batch {batch}" for batch in batches]
+        body = []
+        for mode, cache in dict.fromkeys((row["compile"], row["cache"]) for row in results["startup"]):
+            rows = [row for row in results["startup"] if (row["compile"], row["cache"]) == (mode, cache)]
+            steps = {step["batch"]: step["decode_step_ms"] for row in rows for step in row["steps"]}
+            cells = [*(_median(row[name] for row in rows) for name in names), *map(steps.get, batches)]
+            body.append([mode, cache, *map(shown, cells)])
+        lines += [*_table(head, body), ""]
+        peers = [each for each in committed.kind("peer").values() if each["shape"] == results["shape"]]
+        lines += [
+            f"- {peer['system']} took requests after {shown(peer['startup_s'])} s, with the caches that it found."
+            for peer in peers
+            if "startup_s" in peer
+        ]
+        lines.append("")
+    return lines
+
+
+def capture(committed: Committed) -> list[str]:
+    lines: list[str] = []
+    for results in committed.kind("decode").values():
+        passes = results["capture"]
+        if not passes:
+            continue
+        lines += _heading(results, "capture of the whole ladder, for every sampler variant")
+        head = ["pass", "graphs", "capture s", "with warm-up s", "pool MiB", "device MiB"]
+        body = []
+        for name, entry in passes.items():
+            graphs = sum(each["graphs"] for each in entry["variants"].values())
+            figures = (graphs, entry["capture_s"], entry["wall_s"], entry["pool_mib"], entry["device_mib"])
+            body.append([name, *map(shown, figures)])
+        lines += [*_table(head, body), ""]
+        variants = list(passes.values())[-1]["variants"]
+        by_bucket = {name: {each["bucket"]: each for each in entry["by_bucket"]} for name, entry in variants.items()}
+        head = ["bucket, in order of capture", *(f"pool MiB, {name}" for name in variants), "nodes, greedy"]
+        body = []
+        for bucket in dict.fromkeys(bucket for entries in by_bucket.values() for bucket in entries):
+            entries = [entry.get(bucket, {}) for entry in by_bucket.values()]
+            if bucket in results["plan"]["batches"] or any(entry.get("pool_mib") for entry in entries):
+                nodes = by_bucket.get("greedy", {}).get(bucket, {}).get("nodes")
+                body.append([shown(bucket), *(shown(entry.get("pool_mib")) for entry in entries), shown(nodes)])
+        lines += [*_table(head, body), ""]
+    return lines
+
+
+SECTIONS: dict[str, tuple[Callable[[Committed], list[str]], str]] = {
+    "decode": (decode, "bench/gpu_round.sh bench"),
+    "peers": (peers, "bench/gpu_round.sh peer"),
+    "context": (context, "bench/gpu_round.sh context"),
+    "startup": (startup, "bench/gpu_round.sh startup"),
+    "capture": (capture, "bench/gpu_round.sh bench"),
+}
+"""What makes a section, and the command that measures it."""
+
+
+def figures(committed: Committed) -> list[Figure]:
+    """The plots that the sections show."""
+    made = []
+    for name, results in committed.kind("decode").items():
+        depths = sorted({row["depth"] for row in results["decode"]})
+        lines = {f"depth {depth}": _line(results, "decode_step_ms", depth) for depth in depths}
+        lines["bare replay"] = _line(results, "bare_replay_ms", _OURS_DEPTH)
+        lines["by hand, .item()"] = _line(results, "hand_written_ms", None)
+        made.append(Figure(f"{name}.png", f"{results['shape']}: decode step on {results['device']}", lines))
+    for name, systems in committed.peers().items():
+        first = systems[0]
+        lines = {each["system"]: _line(each, "decode_step_ms", None) for each in systems}
+        made.append(Figure(f"{name}.png", f"{first['shape']}: decode step beside peers on {first['device']}", lines))
+    return made
+
+
+def _line(results: Results, name: str, depth: int | None) -> tuple[tuple[float, float], ...]:
+    """A figure by batch; of graphexec at this depth, or at the first that has it."""
+    points: dict[int, float] = {}
+    for row in results["decode"]:
+        if name in row and (depth is None or row["depth"] == depth):
+            points.setdefault(row["batch"], row[name])
+    return tuple(sorted(points.items()))
+
+
+def _by_load(results: Results) -> dict[tuple[int, int], dict[int, Results]]:
+    loads: dict[tuple[int, int], dict[int, Results]] = {}
+    for row in results["decode"]:
+        loads.setdefault((row["prompt_tokens"], row["batch"]), {})[row["depth"]] = row
+    return dict(sorted(loads.items()))
+
+
+def _steps(results: Results) -> dict[tuple[int, int], float]:
+    rows = [
+        row for row in results["decode"] if row.get("depth", _OURS_DEPTH) == _OURS_DEPTH and "decode_step_ms" in row
+    ]
+    return {(row["prompt_tokens"], row["batch"]): row["decode_step_ms"] for row in rows}
+
+
+def _beside(steps: dict[tuple[int, int], float], ours: dict[tuple[int, int], float], load: tuple[int, int]) -> str:
+    if load not in steps:
+        return "-"
+    quotient = f" ({steps[load] / ours[load]:.2f})" if load in ours and steps is not ours else ""
+    return shown(steps[load]) + quotient
+
+
+def _bubble(row: Results) -> str:
+    bubble = row.get("bubble_us")
+    return f"{shown(bubble['p50'])} / {shown(bubble['p99'])}" if bubble else "-"
+
+
+def _prompts(results: Results) -> str:
+    return ", ".join(map(str, sorted({row["prompt_tokens"] for row in results["decode"]})))
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(statistics.median(known)) if known else None
+
+
+def _heading(results: Results, what: str) -> list[str]:
+    facts = (results["device"], f"torch {results['versions']['torch']}", f"commit {_short(results['commit'])}")
+    return [f"**{results['shape']}**: {what} ({', '.join(facts)}, {results['date'][:10]})", ""]
+
+
+def _short(commit: str) -> str:
+    return commit[:10] + ("+" if commit.endswith("+") else "")  # "+": of a checkout with changes
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+
+
+def _image(name: str) -> str:
+    return f"![{name.removesuffix('.png')}]({PLOTS}/{name})"
