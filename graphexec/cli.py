@@ -22,7 +22,7 @@ from graphexec.capture.buckets import default_ladder, row_ladder
 from graphexec.capture.manifest import Manifest
 from graphexec.config import BackendConfig, EngineConfig, backend_names, read_toml
 from graphexec.engine import Engine, EngineStats, RequestOutput, SamplingParams
-from graphexec.engine.loader import load_config, model_folder
+from graphexec.engine.loader import load_config, model_folder, model_license
 from graphexec.engine.resolve import resolve
 from graphexec.errors import ConfigError, GraphexecError, RequestError
 from graphexec.plan import GraphKey
@@ -95,7 +95,11 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 for all.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 for all.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 for all.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 for none.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the output; may be given again.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random numbers, with a temperature.")] = None,
+    echo: Annotated[bool, typer.Option("--echo", help="Print each PROMPT before what continues it.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Each PROMPT is a user turn of a chat.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -105,11 +109,14 @@ def generate(
         "model": model, "load_format": load_format, "device": device, "dtype": dtype, "compile": compile,
         "max_num_seqs": max_num_seqs, "max_model_len": max_model_len,
     }  # fmt: skip
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
+    )  # fmt: skip
     # No more slots than prompts: capturing a ladder of 256 to serve one prompt would only make it wait.
     engine_config = _engine_config(config, settings, backend, overlap_depth, default_slots=min(len(prompts), 256))
     with Engine(engine_config) as engine:
-        refused = _stream_all(engine, prompts, params, _as_turn(engine) if chat else str)
+        refused = _stream_all(engine, prompts, params, _as_turn(engine) if chat else str, echo)
     if refused:
         raise typer.Exit(2)
 
@@ -203,14 +210,16 @@ def _shown(value: object) -> str:
 
 
 def _stream_all(
-    engine: Engine, prompts: list[str], params: SamplingParams, encode: Callable[[str], str | list[int]]
+    engine: Engine, prompts: list[str], params: SamplingParams, encode: Callable[[str], str | list[int]], echo: bool
 ) -> bool:
     """Prints the prompts' texts one below the other, each as it comes; returns whether some prompt was refused."""
     ids: list[str] = []
+    heads: list[str] = []  # what is printed before the text of each
     refused = False
     for prompt in prompts:
         try:
             ids.append(engine.add_request(encode(prompt), params))
+            heads.append(prompt if echo else "")
         except RequestError as refusal:
             refused = True
             _notes.print(f"error: prompt {reprlib.repr(prompt)}: {refusal}", markup=False, soft_wrap=True)
@@ -226,9 +235,10 @@ def _stream_all(
                 failed.append(output)
         while shown < len(ids) and ids[shown] in latest:
             output = latest[ids[shown]]
-            sys.stdout.write(_printable(output.text[printed:]))
+            text = heads[shown] + output.text
+            sys.stdout.write(_printable(text[printed:]))
             sys.stdout.flush()
-            printed = len(output.text)
+            printed = len(text)
             if not output.finished:
                 break
             sys.stdout.write("\n")
@@ -250,8 +260,10 @@ def _printable(text: str) -> str:
 def _figures(engine: Engine, tokens: int, seconds: float) -> str:
     stats: EngineStats = engine.stats()
     per_step = stats.host_us / max(stats.steps, 1)
+    license_name = model_license(model_folder(engine.config.model))
+    model = engine.config.model + (f" (license {license_name})" if license_name else "")
     return (
-        f"[{engine.config.model} on {engine.resolved.device}: {tokens} tokens in {seconds:.2f} s, "
+        f"[{model} on {engine.resolved.device}: {tokens} tokens in {seconds:.2f} s, "
         f"{tokens / seconds:.0f} tokens/s, {stats.replays} of {stats.steps} steps as graphs, "
         f"depth {engine.config.backend.overlap_depth}, host {per_step:.0f} us a step]"
     )

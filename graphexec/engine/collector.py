@@ -44,11 +44,10 @@ class Collector:
                 known += new[:count]
                 if logprobs is not None and request.params.logprobs is not None:
                     request.logprobs.append(logprobs.of(slot, request.params.logprobs))
-            code = ends.get(slot, FinishCode.RUNNING)
-            if request.stop_strings is not None and code != FinishCode.STOP and self._found_stop(request, code):
+            if request.stop_strings is not None and self._found_stop(request, ends.get(slot)):
                 count = len(known) - begin
-            elif code != FinishCode.RUNNING:
-                self._end(request, code)
+            elif slot in ends:
+                self._end(request, ends[slot])
             if count or request.finish_reason is not None:
                 # Arguments by position: with names, making these objects takes half as long again.
                 outputs.append(RequestOutput(request, begin, begin + count, request.finish_reason is not None))
@@ -62,8 +61,13 @@ class Collector:
             take_prompt_logprobs(rows, scheduled.prompt_chunks, scheduled.owners, result)
         return LogprobRows(self._program.unpack_logprobs(result.extra), result)
 
-    def _found_stop(self, request: Request, code: int) -> bool:
-        """Ends the request if its new tokens complete a stop string; those behind that are never delivered."""
+    def _found_stop(self, request: Request, code: int | None) -> bool:
+        """Ends the request if its new tokens complete a stop string; those behind that are never delivered.
+
+        `code` says how the device ended it, None if it did not. A stop token comes before the strings in its text.
+        """
+        if code == FinishCode.STOP:
+            return False
         assert request.stop_strings is not None
         match = request.stop_strings.find(request.output_token_ids)
         if match is None:
@@ -71,7 +75,7 @@ class Collector:
         del request.output_token_ids[match.tokens :]
         del request.logprobs[match.tokens :]
         request.finish_at_stop_string(match)
-        if code in (FinishCode.RUNNING, FinishCode.PARKED):
+        if code is None or code == FinishCode.PARKED:
             self._scheduler.abort(request)  # the device does not know, and steps in flight still run it
         else:
             self._scheduler.retire(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +15,7 @@ from graphexec.engine.architectures import swap_modules
 from graphexec.engine.detokenizer import Tokenizer
 from graphexec.errors import ConfigError
 
-__all__ = ["LoadedModel", "load_config", "load_model", "load_tokenizer", "model_folder"]
+__all__ = ["LoadedModel", "load_config", "load_model", "load_tokenizer", "model_folder", "model_license"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,16 @@ def model_folder(name: str) -> Path:
         f"There is no folder {name!r}, and no model of that name in the package (it has: {known}). "
         "Nothing is downloaded: give the folder of a checkpoint."
     )
+
+
+def model_license(folder: Path) -> str | None:
+    """The license that a checkpoint's model card names in its front matter, or None."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    front = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+    found = re.search(r"^license:\s*(\S+)", front, re.MULTILINE)
+    return found.group(1) if found else None
 
 
 def load_config(folder: Path) -> Any:

@@ -45,6 +45,8 @@ class Request:
     """Blocks that the prefix cache knows, from the first on."""
     chain: int = 0
     """What the prefix cache calls the tokens in them."""
+    samples: tuple[RequestOutput, ...] = ()
+    """Last outputs of all samples of the prompt, in the first of them, once `generate` has them."""
     text_tokens: int | None = None
     """Output tokens whose text is shown, once a stop token or sequence has ended it; None for all."""
     text_length: int | None = None
@@ -114,20 +116,19 @@ class Request:
 class RequestOutput:
     """What a request has produced up to one step. Cheap to make: everything is looked up when it is asked for."""
 
-    __slots__ = ("_begin", "_end", "_request", "_samples", "finished")
+    __slots__ = ("_begin", "_end", "_request", "finished")
 
     def __init__(self, request: Request, begin: int, end: int, finished: bool) -> None:
         self._request = request
         self._begin = begin
         self._end = end
-        self._samples: tuple[RequestOutput, ...] | None = None
         self.finished = finished
 
     @classmethod
     def of_samples(cls, outputs: Sequence[RequestOutput]) -> RequestOutput:
         """The first of several samples of one prompt, which also holds them all."""
         first = outputs[0]
-        first._samples = tuple(outputs)
+        first._request.samples = tuple(outputs)
         return first
 
     def __repr__(self) -> str:
@@ -156,7 +157,7 @@ class RequestOutput:
     @property
     def samples(self) -> tuple[RequestOutput, ...]:
         """All samples of the prompt, in what `generate` returns; elsewhere this one alone."""
-        return self._samples or (self,)
+        return self._request.samples or (self,)
 
     @property
     def prompt_token_ids(self) -> list[int]:

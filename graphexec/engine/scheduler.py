@@ -292,6 +292,8 @@ class Scheduler:
 
     def _take_prompt_chunks(self) -> dict[int, PromptChunk]:
         """The chunks of this step, if one of them is of a prompt whose log-probabilities were asked for."""
+        if not self._chunks:
+            return {}
         chunks, self._chunks = self._chunks, {}
         owners = ((self._owners[slot], chunk) for slot, chunk in chunks.items())
         asked = any(owner and owner.wants_prompt_logprobs(chunk.begin) for owner, chunk in owners)
