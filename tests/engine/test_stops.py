@@ -107,6 +107,27 @@ def test_a_stop_sequence_ends_the_output_with_it_and_its_text_without(engine: En
     assert output.text == full.text[: end - length]
 
 
+def test_what_may_become_a_stop_sequence_is_shown_once_it_cannot() -> None:
+    """Who prints texts as they come can take nothing back."""
+    full = free_run()
+    never_completed = [*full.token_ids[1:4], 0]
+    sequence = full.token_ids[5:9]
+    outputs = list(engine_at(1).stream("start", stopping(stop_sequences=[never_completed, sequence])))
+    texts = [output.text for output in outputs]
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert texts[-1] == full.text[: len(outputs[-1].token_ids) - 4]
+    assert full.text[:5] in texts  # nothing is held back for longer than it must be
+
+
+def test_a_stop_sequence_whose_last_token_is_a_stop_token_is_hidden_whole(engine: Engine) -> None:
+    full = free_run()
+    place = next(place for place in range(1, 40) if full.text[place] not in full.text[:place])
+    sequence = full.token_ids[place - 1 : place + 1]
+    (output,) = engine.generate("start", stopping(stop_sequences=[sequence], stop_token_ids=sequence[-1:]))
+    assert output.token_ids == full.token_ids[: place + 1]
+    assert output.text == full.text[: place - 1]
+
+
 def test_a_stop_sequence_is_not_found_in_the_prompt_nor_across_its_end(engine: Engine) -> None:
     full = free_run()
     prompt_tokens = tokens_of("start")
