@@ -105,6 +105,9 @@ class Request:
         if output[-1] in self.stop_ids:
             hidden.append(1)
         self.text_tokens = len(output) - max(hidden)
+        if self.stop_strings is not None:
+            match = self.stop_strings.find(output[: self.text_tokens], final=True)
+            self.text_length = None if match is None else match.begin
 
     def safe_tokens(self, end: int) -> int:
         """Of the first `end` output tokens, those that cannot become part of a stop sequence."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from graphexec import BackendConfig, Engine, EngineConfig, RequestOutput, SamplingParams
 from graphexec.engine.detokenizer import Detokenizer
+from graphexec.engine.request import Request
 from graphexec.engine.stop_strings import StopStrings
 
 DEPTHS = [0, 1, 2, 4]
@@ -174,6 +175,56 @@ def test_the_search_finds_what_a_search_of_the_whole_text_finds(
             expected = (count, min(begins))
             break
     assert match == expected
+
+
+class Halves(Letters):
+    """Token 1 is a letter and the first byte of a character, token 2 the rest of it."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return b"".join([b"a", b"b\xc3", b"\xa9", b""][token] for token in token_ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "reason"),
+    [([0, 1], "", "stop"), ([0, 1, 3], "", "stop"), ([1, 3], "b\ufffd", "stop"), ([1], "b\ufffd", "length")],
+)
+def test_a_stop_string_before_an_incomplete_last_character_ends_the_text(
+    tokens: list[int], text: str, reason: str
+) -> None:
+    """That text is held back until the character is complete, and shown when no token follows."""
+    tokenizer = Halves()
+    request = Request(
+        "0", (5,), SamplingParams(stop="ab"), (3,), 0, 9, Detokenizer(tokenizer), StopStrings(["ab"], tokenizer, 0)
+    )
+    strings = request.stop_strings
+    assert strings is not None
+    for end in range(1, len(tokens)):
+        assert strings.find(tokens[:end]) is None
+    request.output_token_ids += tokens
+    if tokens[-1] == 3:
+        request.finish_at_stop_token()
+    elif (match := strings.find(tokens, final=True)) is not None:
+        request.finish_at_stop_string(match)
+    else:
+        request.finish("length")
+    output = RequestOutput(request, 0, len(tokens), True)
+    assert (output.text, output.finish_reason) == (text, reason)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_stop_string_before_an_incomplete_character_counts_when_the_length_ends_the_request(depth: int) -> None:
+    params = SamplingParams(max_tokens=1, temperature=0, logit_bias={1: 100}, ignore_eos=True, stop="b")
+    config = EngineConfig(
+        device="cpu", dtype="float64", max_num_seqs=1, max_model_len=32,
+        backend=BackendConfig(overlap_depth=depth, verify=False),
+    )  # fmt: skip
+    with Engine(config) as engine:
+        engine._intake._tokenizer = Halves()
+        (output,) = engine.generate([[5]], params)
+    assert (output.text, output.finish_reason, output.token_ids) == ("", "stop", [1])
 
 
 def test_safe_length_holds_back_the_longest_beginning_of_a_stop() -> None:
