@@ -208,6 +208,45 @@ def test_a_preempted_request_continues_where_it_was(checkpoint: Path, alone: Eng
         assert_same(outcome, expected, was_aborted=False)
 
 
+@pytest.mark.parametrize("depth", [0, 1, 2, 4])
+def test_a_preempted_request_keeps_all_that_its_user_set(checkpoint: Path, alone: Engine, depth: int) -> None:
+    """Its prompt is computed again, its output now with it: neither must be reported or counted as the other."""
+    arrivals = [
+        Arrival(
+            index,
+            tuple(range(2 + index, 22 + index)),
+            SamplingParams(
+                max_tokens=40, min_tokens=25, temperature=0.9, seed=index, logprobs=1, prompt_logprobs=2,
+                repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.5, min_p=0.05,
+                logit_bias={7: 3.0}, bad_token_ids=[8], stop_sequences=[[7, 9]], stop_token_ids=range(20, 34),
+            ),
+        )
+        for index in range(6)
+    ]  # fmt: skip
+    with make_engine(checkpoint, "cudagraph", depth, 20) as engine:
+        outcomes = replay(engine, arrivals)
+        assert engine.stats().preemptions > 0
+    for arrival, outcome in zip(arrivals, outcomes, strict=True):
+        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
+        assert_same(outcome, expected, was_aborted=False)
+
+
+def test_newcomers_whose_biases_and_sequences_do_not_fit_into_one_step_come_one_after_the_other(
+    checkpoint: Path, alone: Engine
+) -> None:
+    biases = {token: (token % 7) / 2 for token in range(96)}
+    sequences = [[token] * 16 for token in range(8)]
+    arrivals = [
+        Arrival(0, (5 + index,), SamplingParams(max_tokens=8, seed=1, logit_bias=biases, stop_sequences=sequences))
+        for index in range(6)
+    ]
+    with make_engine(checkpoint, "cudagraph", 1, 200) as engine:
+        outcomes = replay(engine, arrivals)
+    for arrival, outcome in zip(arrivals, outcomes, strict=True):
+        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
+        assert_same(outcome, expected, was_aborted=False)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_f6_a_request_is_preempted_only_when_no_step_that_ran_it_is_in_flight(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, depth: int
