@@ -123,6 +123,21 @@ def test_every_parameter_means_what_plain_torch_makes_of_it(
     assert_same(outcome, plain.run(prompt, params), was_aborted=False, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("prompt", [(5,), tuple(range(40, 80)), (9, 9, 3)], ids=["one", "chunks", "few"])
+def test_the_most_likely_tokens_are_reported_as_plain_torch_ranks_them(
+    engine: Engine, plain: PlainModel, prompt: tuple[int, ...]
+) -> None:
+    params = SamplingParams(max_tokens=5, temperature=1.0, seed=2, logprobs=3, prompt_logprobs=2, ignore_eos=True)
+    (output,) = engine.generate([list(prompt)], params)
+    rows = plain.logits([*prompt, *output.token_ids[:-1]]).log_softmax(1)
+    reported = [*(output.prompt_logprobs or ())[1:], *(output.logprobs or ())]
+    assert [len(entry.top) for entry in reported] == [2] * (len(prompt) - 1) + [3] * 5
+    for row, entry in zip(rows, reported, strict=True):
+        values, ids = row.topk(len(entry.top))
+        assert [token for token, _ in entry.top] == ids.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-5)
+
+
 @settings(max_examples=12, deadline=None)
 @given(arrivals=traffic(prompts=shared_prompts()))
 def test_a_request_that_shares_its_prefix_gets_the_tokens_it_gets_alone(

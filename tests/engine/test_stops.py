@@ -78,6 +78,32 @@ def test_neighbours_of_a_request_that_a_string_stopped_keep_their_tokens(engine:
     assert engine.generate("start", stopping())[0].token_ids == full.token_ids
 
 
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_samples_with_stop_strings_end_as_alone_when_they_are_preempted(depth: int) -> None:
+    letters = dict.fromkeys(tokens_of("abc"), 60.0)
+    params = [
+        SamplingParams(
+            n=2, max_tokens=60, seed=index, temperature=2.0, logit_bias=letters, ignore_eos=True,
+            stop=["aaba", "ccbc", "bbbb", "z"], prompt_logprobs=1,
+        )
+        for index in range(6)
+    ]  # fmt: skip
+    alone = [engine_at(0).generate("start", each)[0] for each in params]
+    config = EngineConfig(
+        device="cpu", dtype="float64", max_num_seqs=8, max_model_len=128, kv_block_size=8, num_kv_blocks=24,
+        backend=BackendConfig(overlap_depth=depth, verify=False),
+    )  # fmt: skip
+    with Engine(config) as engine:
+        together = engine.generate(["start"] * 6, params)
+        assert engine.stats().preemptions > 0
+    assert {sample.finish_reason for output in alone for sample in output.samples} == {"stop", "length"}
+    for output, expected in zip(together, alone, strict=True):
+        for sample, wanted in zip(output.samples, expected.samples, strict=True):
+            assert (sample.text, sample.token_ids) == (wanted.text, wanted.token_ids)
+            assert sample.finish_reason == wanted.finish_reason
+            assert len(sample.prompt_logprobs or ()) == len(sample.prompt_token_ids)
+
+
 def test_a_stop_string_counts_only_behind_the_minimum(engine: Engine) -> None:
     full = free_run()
     stop = full.text[2]
