@@ -7,6 +7,7 @@ without a prefix cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -242,6 +243,16 @@ def test_a_preempted_request_keeps_all_that_its_user_set(checkpoint: Path, alone
         outcomes = replay(engine, arrivals)
         assert engine.stats().preemptions > 0
     for arrival, outcome in zip(arrivals, outcomes, strict=True):
+        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
+        assert_same(outcome, expected, was_aborted=False)
+
+
+def test_prompt_logprobs_are_those_of_the_own_rows_beside_chunks_of_others(engine: Engine, alone: Engine) -> None:
+    plain = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    reported = replace(plain, prompt_logprobs=1)
+    prompts = [(5, 6, 7), (30,), (40, 41, 42, 43), (50, 51, 52, 53, 54)]
+    arrivals = [Arrival(0, prompt, reported if index % 2 else plain) for index, prompt in enumerate(prompts)]
+    for arrival, outcome in zip(arrivals, replay(engine, arrivals), strict=True):
         (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
         assert_same(outcome, expected, was_aborted=False)
 

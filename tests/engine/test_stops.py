@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
+from typing import cast
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphexec import BackendConfig, Engine, EngineConfig, RequestOutput, SamplingParams
+from graphexec.engine.collector import Collector
 from graphexec.engine.detokenizer import Detokenizer
+from graphexec.engine.program import DecoderProgram
 from graphexec.engine.request import Request
+from graphexec.engine.scheduler import ScheduledStep, Scheduler
 from graphexec.engine.stop_strings import StopStrings
+from graphexec.plan import FinishCode, StepPlan, StepResult
 
 DEPTHS = [0, 1, 2, 4]
 
@@ -141,7 +148,7 @@ def test_what_may_become_a_stop_sequence_is_shown_once_it_cannot() -> None:
     sequence = full.token_ids[5:9]
     outputs = list(engine_at(1).stream("start", stopping(stop_sequences=[never_completed, sequence])))
     texts = [output.text for output in outputs]
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
     assert texts[-1] == full.text[: len(outputs[-1].token_ids) - 4]
     assert full.text[:5] in texts  # nothing is held back for longer than it must be
 
@@ -268,3 +275,35 @@ def test_the_search_does_not_share_the_consumers_detokenizer() -> None:
     assert request.stop_strings._detokenizer is not request.detokenizer
     while engine.has_unfinished():
         engine.step()
+
+
+class CalledScheduler(Scheduler):
+    """Remembers how it was told of an end."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def missed(self, scheduled: ScheduledStep, result: StepResult) -> None:
+        pass
+
+    def abort(self, request: Request) -> None:
+        self.calls.append("abort")
+
+    def retire(self, request: Request) -> None:
+        self.calls.append("retire")
+
+
+@pytest.mark.parametrize(
+    ("code", "call"), [(FinishCode.RUNNING, "abort"), (FinishCode.PARKED, "abort"), (FinishCode.LENGTH, "retire")]
+)
+def test_a_slot_that_only_the_host_stopped_is_released_before_its_next_owner(code: FinishCode, call: str) -> None:
+    """Steps in flight may still run it, or a block that is under way wake it up, unless the device ended it, too."""
+    tokenizer = Letters(["a"])
+    request = Request("0", (5,), SamplingParams(), (), 0, 9, None, StopStrings(["a"], tokenizer, 0))
+    scheduler, outputs = CalledScheduler(), []
+    one = np.ones(1, dtype=np.int32)
+    scheduled = ScheduledStep(StepPlan("greedy", None, 0, 0), (request,), one.astype(bool), False, {})
+    result = StepResult(0, 1, True, one, np.array([code], dtype=np.int32), np.zeros((1, 1), dtype=np.int32), None)
+    Collector(scheduler, cast(DecoderProgram, None), {"0": [request]}).take(scheduled, result, outputs)
+    assert scheduler.calls == [call]
+    assert [output.finish_reason for output in outputs] == ["stop"]
