@@ -124,7 +124,33 @@ def test_every_parameter_means_what_plain_torch_makes_of_it(
     assert_same(outcome, plain.run(prompt, params), was_aborted=False, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("prompt", [(5,), tuple(range(40, 80)), (9, 9, 3)], ids=["one", "chunks", "few"])
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+@pytest.mark.parametrize(
+    "one",
+    [
+        {"min_p": 0.3},
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"repetition_penalty": 1.8},
+        {"presence_penalty": 1.9},
+        {"frequency_penalty": 1.9},
+        {"logit_bias": {7: 6.0, 9: -50.0}},
+        {"bad_token_ids": list(range(0, 90, 2))},
+        {"min_tokens": 9, "stop_token_ids": list(range(60, 75)), "logit_bias": {60: 5.0}},
+        {"stop_sequences": [[token] for token in range(60, 68)]},
+    ],
+    ids=lambda one: next(iter(one)),
+)
+def test_one_parameter_alone_means_what_plain_torch_makes_of_it(
+    alone: Engine, plain: PlainModel, one: dict[str, object], temperature: float
+) -> None:
+    """Among others it might work only because they chose a dearer sampler."""
+    params = SamplingParams(max_tokens=14, temperature=temperature, seed=4, **one)
+    (outcome,) = replay(alone, [Arrival(0, (5, 9, 9, 30), params)])
+    assert_same(outcome, plain.run((5, 9, 9, 30), params), was_aborted=False)
+
+
+@pytest.mark.parametrize("prompt", [(5,), (7, 8), tuple(range(40, 80)), (9, 9, 3)], ids=["one", "two", "chunks", "few"])
 def test_the_most_likely_tokens_are_reported_as_plain_torch_ranks_them(
     engine: Engine, plain: PlainModel, prompt: tuple[int, ...]
 ) -> None:
