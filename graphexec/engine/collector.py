@@ -69,13 +69,14 @@ class Collector:
         if code == FinishCode.STOP:
             return False
         assert request.stop_strings is not None
-        match = request.stop_strings.find(request.output_token_ids)
+        goes_on = code is None or code == FinishCode.PARKED
+        match = request.stop_strings.find(request.output_token_ids, final=not goes_on)
         if match is None:
             return False
         del request.output_token_ids[match.tokens :]
         del request.logprobs[match.tokens :]
         request.finish_at_stop_string(match)
-        if code is None or code == FinishCode.PARKED:
+        if goes_on:
             self._scheduler.abort(request)  # the device does not know, and steps in flight still run it
         else:
             self._scheduler.retire(request)

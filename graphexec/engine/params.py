@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ __all__ = ["MAX_LOGPROBS", "MAX_SAMPLES", "SamplingParams"]
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 1024
 _MAX_BIAS = 100.0
+_LEAST_FLOAT, _LARGEST_FLOAT = 2.0**-126, 2.0**127
+"""Within them a number stays what it is on the device, which holds it in float32: neither 0 nor infinite."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,13 @@ class SamplingParams:
     def _check_ranges(self) -> None:
         _require(1 <= self.max_tokens < 2**31, "max_tokens", self.max_tokens, "at least 1")
         _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "between 0 and max_tokens")
-        good = math.isfinite(self.temperature) and self.temperature >= 0
-        _require(good, "temperature", self.temperature, "a finite number, 0 or more")
+        good = self.temperature == 0 or _LEAST_FLOAT <= self.temperature <= _LARGEST_FLOAT
+        _require(good, "temperature", self.temperature, "0, or a number above 0 that float32 holds")
         _require(0 <= self.top_k < 2**31, "top_k", self.top_k, "0 (all tokens) or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
-        good = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
-        _require(good, "repetition_penalty", self.repetition_penalty, "a finite number above 0")
+        good = _LEAST_FLOAT <= self.repetition_penalty <= _LARGEST_FLOAT
+        _require(good, "repetition_penalty", self.repetition_penalty, "a number above 0 that float32 holds")
         for name in ("presence_penalty", "frequency_penalty"):
             _require(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "between -2 and 2")
         _require(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")

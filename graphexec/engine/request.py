@@ -101,11 +101,25 @@ class Request:
     def finish_at_stop_token(self) -> None:
         """Ends it by its last token: a stop token, or the last one of a stop sequence (the longest, of several)."""
         self.finish_reason = "stop"
-        output, hidden = self.output_token_ids, 1
-        if output[-1] not in self.stop_ids:
-            sequences = (tuple(sequence) for sequence in self.params.stop_sequences)
-            hidden = max(len(each) for each in sequences if tuple(output[-len(each) :]) == each)
-        self.text_tokens = len(output) - hidden
+        output = self.output_token_ids
+        sequences = (tuple(sequence) for sequence in self.params.stop_sequences)
+        hidden = [len(each) for each in sequences if tuple(output[-len(each) :]) == each]
+        if output[-1] in self.stop_ids:
+            hidden.append(1)
+        self.text_tokens = len(output) - max(hidden)
+        if self.stop_strings is not None:
+            match = self.stop_strings.find(output[: self.text_tokens], final=True)
+            self.text_length = None if match is None else match.begin
+
+    def safe_tokens(self, end: int) -> int:
+        """Of the first `end` output tokens, those that cannot become part of a stop sequence."""
+        sequences = [tuple(sequence) for sequence in self.params.stop_sequences]
+        longest = max(map(len, sequences), default=0)
+        for count in range(min(longest - 1, end), 0, -1):
+            tail = tuple(self.output_token_ids[end - count : end])
+            if any(len(sequence) > count and sequence[:count] == tail for sequence in sequences):
+                return end - count
+        return end
 
     def finish_at_stop_string(self, match: StopMatch) -> None:
         """Ends it where a stop string was found."""
@@ -177,13 +191,16 @@ class RequestOutput:
     def text(self) -> str:
         """Text of the output so far, without what stopped it; empty if the model has no tokenizer.
 
-        While the request runs, an incomplete character at the end is held back, and what may become a stop string.
+        While the request runs, an incomplete character at the end is held back, and what may become a stop string or
+        sequence: what was shown once stays.
         """
         request = self._request
         if request.detokenizer is None:
             return ""
         end = self._end
-        if self.finished and request.text_tokens is not None:
+        if not self.finished:
+            end = request.safe_tokens(end)
+        elif request.text_tokens is not None:
             end = request.text_tokens
         text = request.detokenizer.text(request.output_token_ids, end, final=self.finished)
         if request.stop_strings is None:

@@ -36,22 +36,27 @@ class StopStrings:
         self._searched = 0  # tokens
         self._length = 0  # characters of their text
 
-    def find(self, token_ids: Sequence[int]) -> StopMatch | None:
+    def find(self, token_ids: Sequence[int], final: bool = False) -> StopMatch | None:
         """Searches the text of the output tokens that are new since the last call.
 
         Of several matches that one token completes, the one that begins first counts. What a token below the minimum
-        completes is no match.
+        completes is no match. `final` also searches what stands before an incomplete character at the end, which is
+        shown when no token follows.
         """
         while self._searched < len(token_ids):
             self._searched += 1
-            text = self._detokenizer.text(token_ids, self._searched, final=False)
-            # From where a match would need a character that is new with this token.
-            places = [text.find(string, max(self._length - len(string) + 1, 0)) for string in self._strings]
-            found = [place for place in places if place >= 0]
-            self._length = len(text)
-            if found and self._searched > self._min_tokens:
-                return StopMatch(self._searched, min(found))
-        return None
+            match = self._search(token_ids, self._searched, final=False)
+            if match is not None:
+                return match
+        return self._search(token_ids, len(token_ids), final=True) if final else None
+
+    def _search(self, token_ids: Sequence[int], end: int, final: bool) -> StopMatch | None:
+        text = self._detokenizer.text(token_ids, end, final)
+        # From where a match would need a character that is new with this token.
+        places = [text.find(string, max(self._length - len(string) + 1, 0)) for string in self._strings]
+        found = [place for place in places if place >= 0]
+        self._length = len(text)
+        return StopMatch(end, min(found)) if found and end > self._min_tokens else None
 
     def safe_length(self, text: str) -> int:
         """Characters of `text` that cannot become part of a stop string."""

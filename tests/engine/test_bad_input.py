@@ -135,6 +135,11 @@ def test_parameters_for_another_number_of_prompts_are_refused(engine: Engine) ->
         ("min_p", 1.1),
         ("repetition_penalty", 0),
         ("repetition_penalty", float("inf")),
+        # Finite here, and 0 or infinite in the float32 of the device: 0 times infinity is no number to choose by.
+        ("repetition_penalty", 1e39),
+        ("repetition_penalty", 1e-50),
+        ("temperature", 1e39),
+        ("temperature", 1e-50),
         ("presence_penalty", 2.1),
         ("presence_penalty", float("nan")),
         ("frequency_penalty", -2.5),

@@ -7,6 +7,7 @@ without a prefix cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -123,6 +124,47 @@ def test_every_parameter_means_what_plain_torch_makes_of_it(
     assert_same(outcome, plain.run(prompt, params), was_aborted=False, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+@pytest.mark.parametrize(
+    "one",
+    [
+        {"min_p": 0.3},
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"repetition_penalty": 1.8},
+        {"presence_penalty": 1.9},
+        {"frequency_penalty": 1.9},
+        {"logit_bias": {7: 6.0, 9: -50.0}},
+        {"bad_token_ids": list(range(0, 90, 2))},
+        {"min_tokens": 9, "stop_token_ids": list(range(60, 75)), "logit_bias": {60: 5.0}},
+        {"stop_sequences": [[token] for token in range(60, 68)]},
+    ],
+    ids=lambda one: next(iter(one)),
+)
+def test_one_parameter_alone_means_what_plain_torch_makes_of_it(
+    alone: Engine, plain: PlainModel, one: dict[str, object], temperature: float
+) -> None:
+    """Among others it might work only because they chose a dearer sampler."""
+    params = SamplingParams(max_tokens=14, temperature=temperature, seed=4, **one)
+    (outcome,) = replay(alone, [Arrival(0, (5, 9, 9, 30), params)])
+    assert_same(outcome, plain.run((5, 9, 9, 30), params), was_aborted=False)
+
+
+@pytest.mark.parametrize("prompt", [(5,), (7, 8), tuple(range(40, 80)), (9, 9, 3)], ids=["one", "two", "chunks", "few"])
+def test_the_most_likely_tokens_are_reported_as_plain_torch_ranks_them(
+    engine: Engine, plain: PlainModel, prompt: tuple[int, ...]
+) -> None:
+    params = SamplingParams(max_tokens=5, temperature=1.0, seed=2, logprobs=3, prompt_logprobs=2, ignore_eos=True)
+    (output,) = engine.generate([list(prompt)], params)
+    rows = plain.logits([*prompt, *output.token_ids[:-1]]).log_softmax(1)
+    reported = [*(output.prompt_logprobs or ())[1:], *(output.logprobs or ())]
+    assert [len(entry.top) for entry in reported] == [2] * (len(prompt) - 1) + [3] * 5
+    for row, entry in zip(rows, reported, strict=True):
+        values, ids = row.topk(len(entry.top))
+        assert [token for token, _ in entry.top] == ids.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-5)
+
+
 @settings(max_examples=12, deadline=None)
 @given(arrivals=traffic(prompts=shared_prompts()))
 def test_a_request_that_shares_its_prefix_gets_the_tokens_it_gets_alone(
@@ -203,6 +245,55 @@ def test_a_preempted_request_continues_where_it_was(checkpoint: Path, alone: Eng
     with make_engine(checkpoint, "cudagraph", depth, 20) as engine:
         outcomes = replay(engine, arrivals)
         assert engine.stats().preemptions > 0
+    for arrival, outcome in zip(arrivals, outcomes, strict=True):
+        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
+        assert_same(outcome, expected, was_aborted=False)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 4])
+def test_a_preempted_request_keeps_all_that_its_user_set(checkpoint: Path, alone: Engine, depth: int) -> None:
+    """Its prompt is computed again, its output now with it: neither must be reported or counted as the other."""
+    arrivals = [
+        Arrival(
+            index,
+            tuple(range(2 + index, 22 + index)),
+            SamplingParams(
+                max_tokens=40, min_tokens=25, temperature=0.9, seed=index, logprobs=1, prompt_logprobs=2,
+                repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.5, min_p=0.05,
+                logit_bias={7: 3.0}, bad_token_ids=[8], stop_sequences=[[7, 9]], stop_token_ids=range(20, 34),
+            ),
+        )
+        for index in range(6)
+    ]  # fmt: skip
+    with make_engine(checkpoint, "cudagraph", depth, 20) as engine:
+        outcomes = replay(engine, arrivals)
+        assert engine.stats().preemptions > 0
+    for arrival, outcome in zip(arrivals, outcomes, strict=True):
+        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
+        assert_same(outcome, expected, was_aborted=False)
+
+
+def test_prompt_logprobs_are_those_of_the_own_rows_beside_chunks_of_others(engine: Engine, alone: Engine) -> None:
+    plain = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    reported = replace(plain, prompt_logprobs=1)
+    prompts = [(5, 6, 7), (30,), (40, 41, 42, 43), (50, 51, 52, 53, 54)]
+    arrivals = [Arrival(0, prompt, reported if index % 2 else plain) for index, prompt in enumerate(prompts)]
+    for arrival, outcome in zip(arrivals, replay(engine, arrivals), strict=True):
+        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
+        assert_same(outcome, expected, was_aborted=False)
+
+
+def test_newcomers_whose_biases_and_sequences_do_not_fit_into_one_step_come_one_after_the_other(
+    checkpoint: Path, alone: Engine
+) -> None:
+    biases = {token: (token % 7) / 2 for token in range(96)}
+    sequences = [[token] * 16 for token in range(8)]
+    arrivals = [
+        Arrival(0, (5 + index,), SamplingParams(max_tokens=8, seed=1, logit_bias=biases, stop_sequences=sequences))
+        for index in range(6)
+    ]
+    with make_engine(checkpoint, "cudagraph", 1, 200) as engine:
+        outcomes = replay(engine, arrivals)
     for arrival, outcome in zip(arrivals, outcomes, strict=True):
         (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
         assert_same(outcome, expected, was_aborted=False)

@@ -46,6 +46,13 @@ def test_a_stream_of_several_samples_ends_with_the_last_of_them(engine: Engine) 
     assert [tokens[index] for index in range(3)] == [sample.token_ids for sample in together.samples]
 
 
+def test_a_stream_whose_samples_end_one_by_one_goes_on_to_the_last(engine: Engine) -> None:
+    params = SamplingParams(n=3, max_tokens=60, seed=5, temperature=3.0, stop_token_ids=range(100, 115))
+    outputs = [output for output in engine.stream("x", params) if output.finished]
+    assert sorted(output.index for output in outputs) == [0, 1, 2]
+    assert len({len(output.token_ids) for output in outputs}) == 3
+
+
 def test_an_abort_ends_every_sample_once(engine: Engine) -> None:
     request_id = engine.add_request("x = ", PARAMS)
     for _ in range(4):

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
+from typing import cast
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphexec import BackendConfig, Engine, EngineConfig, RequestOutput, SamplingParams
+from graphexec.engine.collector import Collector
 from graphexec.engine.detokenizer import Detokenizer
+from graphexec.engine.program import DecoderProgram
+from graphexec.engine.request import Request
+from graphexec.engine.scheduler import ScheduledStep, Scheduler
 from graphexec.engine.stop_strings import StopStrings
+from graphexec.plan import FinishCode, StepPlan, StepResult
 
 DEPTHS = [0, 1, 2, 4]
 
@@ -77,6 +85,32 @@ def test_neighbours_of_a_request_that_a_string_stopped_keep_their_tokens(engine:
     assert engine.generate("start", stopping())[0].token_ids == full.token_ids
 
 
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_samples_with_stop_strings_end_as_alone_when_they_are_preempted(depth: int) -> None:
+    letters = dict.fromkeys(tokens_of("abc"), 60.0)
+    params = [
+        SamplingParams(
+            n=2, max_tokens=60, seed=index, temperature=2.0, logit_bias=letters, ignore_eos=True,
+            stop=["aaba", "ccbc", "bbbb", "z"], prompt_logprobs=1,
+        )
+        for index in range(6)
+    ]  # fmt: skip
+    alone = [engine_at(0).generate("start", each)[0] for each in params]
+    config = EngineConfig(
+        device="cpu", dtype="float64", max_num_seqs=8, max_model_len=128, kv_block_size=8, num_kv_blocks=24,
+        backend=BackendConfig(overlap_depth=depth, verify=False),
+    )  # fmt: skip
+    with Engine(config) as engine:
+        together = engine.generate(["start"] * 6, params)
+        assert engine.stats().preemptions > 0
+    assert {sample.finish_reason for output in alone for sample in output.samples} == {"stop", "length"}
+    for output, expected in zip(together, alone, strict=True):
+        for sample, wanted in zip(output.samples, expected.samples, strict=True):
+            assert (sample.text, sample.token_ids) == (wanted.text, wanted.token_ids)
+            assert sample.finish_reason == wanted.finish_reason
+            assert len(sample.prompt_logprobs or ()) == len(sample.prompt_token_ids)
+
+
 def test_a_stop_string_counts_only_behind_the_minimum(engine: Engine) -> None:
     full = free_run()
     stop = full.text[2]
@@ -105,6 +139,27 @@ def test_a_stop_sequence_ends_the_output_with_it_and_its_text_without(engine: En
     assert output.finish_reason == "stop"
     assert output.token_ids == full.token_ids[:end]
     assert output.text == full.text[: end - length]
+
+
+def test_what_may_become_a_stop_sequence_is_shown_once_it_cannot() -> None:
+    """Who prints texts as they come can take nothing back."""
+    full = free_run()
+    never_completed = [*full.token_ids[1:4], 0]
+    sequence = full.token_ids[5:9]
+    outputs = list(engine_at(1).stream("start", stopping(stop_sequences=[never_completed, sequence])))
+    texts = [output.text for output in outputs]
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
+    assert texts[-1] == full.text[: len(outputs[-1].token_ids) - 4]
+    assert full.text[:5] in texts  # nothing is held back for longer than it must be
+
+
+def test_a_stop_sequence_whose_last_token_is_a_stop_token_is_hidden_whole(engine: Engine) -> None:
+    full = free_run()
+    place = next(place for place in range(1, 40) if full.text[place] not in full.text[:place])
+    sequence = full.token_ids[place - 1 : place + 1]
+    (output,) = engine.generate("start", stopping(stop_sequences=[sequence], stop_token_ids=sequence[-1:]))
+    assert output.token_ids == full.token_ids[: place + 1]
+    assert output.text == full.text[: place - 1]
 
 
 def test_a_stop_sequence_is_not_found_in_the_prompt_nor_across_its_end(engine: Engine) -> None:
@@ -155,6 +210,56 @@ def test_the_search_finds_what_a_search_of_the_whole_text_finds(
     assert match == expected
 
 
+class Halves(Letters):
+    """Token 1 is a letter and the first byte of a character, token 2 the rest of it."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return b"".join([b"a", b"b\xc3", b"\xa9", b""][token] for token in token_ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "reason"),
+    [([0, 1], "", "stop"), ([0, 1, 3], "", "stop"), ([1, 3], "b\ufffd", "stop"), ([1], "b\ufffd", "length")],
+)
+def test_a_stop_string_before_an_incomplete_last_character_ends_the_text(
+    tokens: list[int], text: str, reason: str
+) -> None:
+    """That text is held back until the character is complete, and shown when no token follows."""
+    tokenizer = Halves()
+    request = Request(
+        "0", (5,), SamplingParams(stop="ab"), (3,), 0, 9, Detokenizer(tokenizer), StopStrings(["ab"], tokenizer, 0)
+    )
+    strings = request.stop_strings
+    assert strings is not None
+    for end in range(1, len(tokens)):
+        assert strings.find(tokens[:end]) is None
+    request.output_token_ids += tokens
+    if tokens[-1] == 3:
+        request.finish_at_stop_token()
+    elif (match := strings.find(tokens, final=True)) is not None:
+        request.finish_at_stop_string(match)
+    else:
+        request.finish("length")
+    output = RequestOutput(request, 0, len(tokens), True)
+    assert (output.text, output.finish_reason) == (text, reason)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_stop_string_before_an_incomplete_character_counts_when_the_length_ends_the_request(depth: int) -> None:
+    params = SamplingParams(max_tokens=1, temperature=0, logit_bias={1: 100}, ignore_eos=True, stop="b")
+    config = EngineConfig(
+        device="cpu", dtype="float64", max_num_seqs=1, max_model_len=32,
+        backend=BackendConfig(overlap_depth=depth, verify=False),
+    )  # fmt: skip
+    with Engine(config) as engine:
+        engine._intake._tokenizer = Halves()
+        (output,) = engine.generate([[5]], params)
+    assert (output.text, output.finish_reason, output.token_ids) == ("", "stop", [1])
+
+
 def test_safe_length_holds_back_the_longest_beginning_of_a_stop() -> None:
     strings = StopStrings(["abc", "cd"], Letters([]), 0)
     assert [strings.safe_length(text) for text in ("", "xa", "xab", "xabx", "xc", "ab")] == [0, 1, 1, 4, 1, 0]
@@ -170,3 +275,35 @@ def test_the_search_does_not_share_the_consumers_detokenizer() -> None:
     assert request.stop_strings._detokenizer is not request.detokenizer
     while engine.has_unfinished():
         engine.step()
+
+
+class CalledScheduler(Scheduler):
+    """Remembers how it was told of an end."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def missed(self, scheduled: ScheduledStep, result: StepResult) -> None:
+        pass
+
+    def abort(self, request: Request) -> None:
+        self.calls.append("abort")
+
+    def retire(self, request: Request) -> None:
+        self.calls.append("retire")
+
+
+@pytest.mark.parametrize(
+    ("code", "call"), [(FinishCode.RUNNING, "abort"), (FinishCode.PARKED, "abort"), (FinishCode.LENGTH, "retire")]
+)
+def test_a_slot_that_only_the_host_stopped_is_released_before_its_next_owner(code: FinishCode, call: str) -> None:
+    """Steps in flight may still run it, or a block that is under way wake it up, unless the device ended it, too."""
+    tokenizer = Letters(["a"])
+    request = Request("0", (5,), SamplingParams(), (), 0, 9, None, StopStrings(["a"], tokenizer, 0))
+    scheduler, outputs = CalledScheduler(), []
+    one = np.ones(1, dtype=np.int32)
+    scheduled = ScheduledStep(StepPlan("greedy", None, 0, 0), (request,), one.astype(bool), False, {})
+    result = StepResult(0, 1, True, one, np.array([code], dtype=np.int32), np.zeros((1, 1), dtype=np.int32), None)
+    Collector(scheduler, cast(DecoderProgram, None), {"0": [request]}).take(scheduled, result, outputs)
+    assert scheduler.calls == [call]
+    assert [output.finish_reason for output in outputs] == ["stop"]

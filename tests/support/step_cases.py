@@ -67,6 +67,7 @@ class StepCase:
             stop_sequences=(limits.max_stop_sequences, limits.max_stop_sequence_tokens),
         )
         tensors.stop_sequences.fill_(POISON)  # what lies beyond those in use must not matter
+        tensors.bias_ids.fill_(7)  # of the last owner, and no longer true of the next
         # Few ids, so that sequences of several tokens are met.
         tensors.token_ids.copy_(torch.randint(0, 3, tensors.token_ids.shape, generator=generator))
         tensors.block_tables.copy_(torch.randint(1, 100, tensors.block_tables.shape, generator=generator))

@@ -186,6 +186,17 @@ def test_the_check_rejects_tokens_that_rounding_cannot_explain():
 
 
 @needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_top_p_is_a_share_of_what_min_p_leaves(dtype):
+    """Of two tokens that min-p leaves, the first has 0.73 of their mass; of all mass it had a thirtieth."""
+    logits = torch.tensor([0.0, -1.0, *[-2.0] * 200]).to(dtype).expand(20, -1).contiguous()
+    state = make_state(20, temperature=1.0, log_min_p=-1.5, top_p=0.7, seed=list(range(20)))
+    case = SamplingCase(logits, torch.arange(20, dtype=torch.int32), state)
+    for out in (run_reference(case, SamplerVariant.SHAPED), run_kernel(case, SamplerVariant.SHAPED, "cpu")):
+        assert out.tokens.tolist() == [0] * 20
+
+
+@needs_interpreter
 def test_penalties_count_output_and_prompt_as_they_should():
     """Ids 1 and 2 in the prompt, 2 twice and 3 once in the output."""
     logits = torch.tensor([[1.0, 1.0, 1.0, 1.0, -1.0]])
