@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["adjust_reference", "adjust_triton"]
 
 _TILE = 128
+_MIN_PROGRAMS = 8
+"""Of a row; each takes every eighth tile of a long sequence, then."""
+_PROGRAMS = 2048
+"""Of a step: some sixteen for each multiprocessor of an H200."""
 
 
 @triton.jit
@@ -65,7 +69,7 @@ def _penalty_kernel(
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    begin = tl.program_id(1) * TILE
+    first = tl.program_id(1) * TILE
     slot = tl.load(slots_ptr + row)
     if slot < 0:
         return
@@ -74,29 +78,30 @@ def _penalty_kernel(
     presence = tl.load(presence_ptr + slot)
     frequency = tl.load(frequency_ptr + slot)
     penalizes = (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0)
-    if (penalizes == 0) | (begin >= known):
+    if (penalizes == 0) | (first >= known):
         return
     prompt_len = tl.load(prompt_len_ptr + slot)
     sequence = token_ids_ptr + slot.to(tl.int64) * MAX_TOKENS
-    position = begin + tl.arange(0, TILE)
-    ids = tl.load(sequence + position, mask=position < known, other=-1)
-    count = tl.zeros([TILE], dtype=tl.int32)
-    comes_again = tl.zeros([TILE], dtype=tl.int32)
-    for start in range(0, known, TILE):
-        other = start + tl.arange(0, TILE)
-        others = tl.load(sequence + other, mask=other < known, other=-2)
-        same = (ids[:, None] == others[None, :]).to(tl.int32)
-        count += tl.sum(tl.where((other >= prompt_len)[None, :], same, 0), axis=1)
-        comes_again += tl.sum(tl.where(other[None, :] > position[:, None], same, 0), axis=1)
-    # An id is adjusted once, by the lane of its last occurrence; no other program touches it.
-    last = (position < known) & (comes_again == 0)
-    at = logits_ptr + row * row_stride + ids
-    logits = tl.load(at, mask=last, other=0.0)
-    value = logits.to(tl.float32)
-    value = tl.where(value > 0, tl.div_rn(value, repetition), value * repetition)  # as torch rounds
-    value -= frequency * count.to(tl.float32)
-    value -= tl.where(count > 0, presence, 0.0)
-    tl.store(at, value.to(logits.dtype), mask=last)
+    for begin in range(first, known, tl.num_programs(1) * TILE):
+        position = begin + tl.arange(0, TILE)
+        ids = tl.load(sequence + position, mask=position < known, other=-1)
+        count = tl.zeros([TILE], dtype=tl.int32)
+        comes_again = tl.zeros([TILE], dtype=tl.int32)
+        for start in range(0, known, TILE):
+            other = start + tl.arange(0, TILE)
+            others = tl.load(sequence + other, mask=other < known, other=-2)
+            same = (ids[:, None] == others[None, :]).to(tl.int32)
+            count += tl.sum(tl.where((other >= prompt_len)[None, :], same, 0), axis=1)
+            comes_again += tl.sum(tl.where(other[None, :] > position[:, None], same, 0), axis=1)
+        # An id is adjusted once, by the lane of its last occurrence; no other program touches it.
+        last = (position < known) & (comes_again == 0)
+        at = logits_ptr + row * row_stride + ids
+        logits = tl.load(at, mask=last, other=0.0)
+        value = logits.to(tl.float32)
+        value = tl.where(value > 0, tl.div_rn(value, repetition), value * repetition)  # as torch rounds
+        value -= frequency * count.to(tl.float32)
+        value -= tl.where(count > 0, presence, 0.0)
+        tl.store(at, value.to(logits.dtype), mask=last)
 
 
 def adjust_triton(logits: torch.Tensor, slots: torch.Tensor, state: SamplingState) -> None:
@@ -114,8 +119,9 @@ def adjust_triton(logits: torch.Tensor, slots: torch.Tensor, state: SamplingStat
         BIASES=biases, LANES=triton.next_power_of_2(biases), num_warps=4,
     )  # fmt: skip
     max_tokens = state.token_ids.shape[1]
-    # The grid covers the longest sequence that a slot may hold; programs beyond the present one leave at once.
-    _penalty_kernel[(rows, triton.cdiv(max_tokens, _TILE))](
+    # Most rows have no penalty, and their programs leave at once: but thousands of those take time, too.
+    programs = min(triton.cdiv(max_tokens, _TILE), max(_MIN_PROGRAMS, _PROGRAMS // rows))
+    _penalty_kernel[(rows, programs)](
         logits, slots, state.token_ids, state.num_tokens, state.prompt_len,
         state.repetition_penalty, state.presence_penalty, state.frequency_penalty, logits.stride(0),
         MAX_TOKENS=max_tokens, TILE=_TILE, num_warps=4,

@@ -14,6 +14,8 @@ __all__ = ["MAX_LOGPROBS", "MAX_SAMPLES", "SamplingParams"]
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 1024
 _MAX_BIAS = 100.0
+_LISTS = ("logit_bias", "bad_token_ids", "stop", "stop_token_ids", "stop_sequences")
+"""None stands for nothing."""
 _LEAST_FLOAT, _LARGEST_FLOAT = 2.0**-126, 2.0**127
 """Within them a number stays what it is on the device, which holds it in float32: neither 0 nor infinite."""
 
@@ -124,6 +126,8 @@ class SamplingParams:
         value = getattr(self, name)
         if value is None and name in ("seed", "logprobs", "prompt_logprobs"):
             return
+        if value is None and name in _LISTS:
+            value = {} if name == "logit_bias" else ()
         try:
             object.__setattr__(self, name, convert(value))
         except (TypeError, ValueError, OverflowError, AttributeError):

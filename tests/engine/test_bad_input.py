@@ -99,6 +99,11 @@ def test_what_the_engine_or_the_model_does_not_hold_is_refused_by_name(
         engine.add_request([5], params)
 
 
+def test_none_stands_for_no_stops_and_no_biases() -> None:
+    nothing = dict.fromkeys(("stop", "stop_token_ids", "stop_sequences", "logit_bias", "bad_token_ids"))
+    assert SamplingParams(**nothing) == SamplingParams()
+
+
 def test_several_greedy_samples_are_refused() -> None:
     with pytest.raises(RequestError, match="n=2 is not possible"):
         SamplingParams(n=2, temperature=0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,3 +46,22 @@ def test_a_decoder_is_compiled_twice_whatever_the_step(
 
     assert tokens(mode) == tokens("off")
     assert counter.frame_count == 2
+
+
+START = """
+from torch._dynamo.utils import counters
+from graphexec import Engine, EngineConfig
+with Engine(EngineConfig(model="tiny-random", device="cpu", compile="layer", max_num_seqs=2, max_model_len=32)):
+    print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+def test_a_second_start_finds_its_two_compilations_in_torchs_cache(tmp_path: Path) -> None:
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    starts = [
+        subprocess.run(
+            [sys.executable, "-c", START], capture_output=True, text=True, check=True, env=environment, timeout=300
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert starts == [["2", "0"], ["0", "2"]]

@@ -78,7 +78,7 @@ def make_state(size: int, stops: int = 2, **changes: object) -> SamplingState:
         for entry, (token, value) in enumerate(biases.items()):
             bias_ids[slot, 4 - entry], bias_values[slot, 4 - entry] = token, value
     tokens = changes.get("tokens", [[]] * size)
-    token_ids = torch.full((size, 301), 0, dtype=torch.int32)
+    token_ids = torch.full((size, max([301, *map(len, tokens)])), 0, dtype=torch.int32)
     for slot, ids in enumerate(tokens):
         token_ids[slot, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
     return SamplingState(

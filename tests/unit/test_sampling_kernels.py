@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from graphexec.kernels import adjust
 from graphexec.kernels.adjust import adjust_reference, adjust_triton
 from graphexec.kernels.philox import philox_reference, uniform_reference
 from graphexec.kernels.sample import SampleOutput, SamplerVariant, sample, sample_reference
@@ -207,16 +208,17 @@ def test_penalties_count_output_and_prompt_as_they_should():
     case = SamplingCase(logits, torch.zeros(1, dtype=torch.int32), state)
     expected = [1.0, 0.5, 0.5 - 0.5 - 0.5, 1.0 - 0.25 - 0.5, float("-inf")]
     assert adjusted_row(case, 0).tolist() == expected
-    for adjust in (adjust_reference, adjust_triton):
+    for run in (adjust_reference, adjust_triton):
         adjusted = logits.clone()
-        adjust(adjusted, case.slots, state)
+        run(adjusted, case.slots, state)
         assert adjusted.tolist() == [expected]
 
 
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("known", [0, 1, 127, 128, 129, 300])
-def test_penalties_over_sequences_around_the_tile_adjust_every_id_once(dtype, known):
+@pytest.mark.parametrize("known", [0, 1, 127, 128, 129, 300, 1200])  # the last takes more tiles than a row has programs
+def test_penalties_over_sequences_around_the_tile_adjust_every_id_once(dtype, known, monkeypatch):
+    monkeypatch.setattr(adjust, "_PROGRAMS", 1)  # as in a large batch
     generator = torch.Generator().manual_seed(known)
     ids = torch.randint(40, (known,), generator=generator).tolist()
     state = make_state(
@@ -225,9 +227,9 @@ def test_penalties_over_sequences_around_the_tile_adjust_every_id_once(dtype, kn
     )  # fmt: skip
     logits = torch.randn(2, 50, generator=generator).to(dtype)
     case = SamplingCase(logits, torch.tensor([1, 0], dtype=torch.int32), state)
-    for adjust in (adjust_reference, adjust_triton):
+    for run in (adjust_reference, adjust_triton):
         adjusted = logits.clone()
-        adjust(adjusted, case.slots, state)
+        run(adjusted, case.slots, state)
         assert torch.equal(adjusted, torch.stack([adjusted_row(case, 0), adjusted_row(case, 1)]))
 
 
