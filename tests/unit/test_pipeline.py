@@ -17,7 +17,7 @@ from graphexec.engine.blocks import BlockAllocator
 from graphexec.engine.params import SamplingParams
 from graphexec.engine.request import Request
 from graphexec.engine.scheduler import Scheduler
-from graphexec.errors import BucketOverflowError, DeviceError, PipelineFull, StepTimeout
+from graphexec.errors import BucketOverflowError, ConfigError, DeviceError, PipelineFull, StepTimeout
 from graphexec.plan import FinishCode, GraphKey, StepPlan
 from graphexec.rings import RING_SLOTS
 from graphexec.slots import SlotDeltas
@@ -478,6 +478,15 @@ def test_a_step_is_shaped_by_its_bound_and_its_chunks(bound: int, chunks: tuple[
     rig.pipeline.buckets = BucketTable((1, 2, 4))
     rig.pipeline.rows = BucketTable((16, 32))
     assert rig.pipeline.shape(StepPlan("plain", None, *chunks), bound) == expected
+
+
+def test_a_variant_of_chunks_alone_never_asks_for_a_captured_decode_step(rig: Rig) -> None:
+    """A chunk of one token is a row like any other, but no graph serves it in such a variant."""
+    rig.program.variants, rig.program.chunk_variants = ("plain",), ("doubled",)
+    assert rig.pipeline.shape(StepPlan("plain", None, 1, 1), 1).phase == "decode"
+    assert rig.pipeline.shape(StepPlan("doubled", None, 1, 1), 1).phase == "mixed"
+    with pytest.raises(ConfigError, match="no variant 'doubled'"):
+        rig.submit(StepPlan("doubled"))
     rig.close()
 
 
