@@ -114,6 +114,21 @@ def test_the_same_steps_as_graphs_or_eagerly_agree_in_every_bit(checkpoint: Path
     assert produced[0] == produced[1]
 
 
+def test_cached_prefixes_change_no_token(checkpoint: Path) -> None:
+    """In float32: a cached block may have been written by the decode kernel, or in a chunk of another size."""
+    stems = torch.randint(2, 2048, (3, 50), generator=torch.Generator().manual_seed(8)).tolist()
+    wanted = [
+        (stems[index % 3] + [2 + index] * (1 + index % 5), SamplingParams(temperature=index % 2, seed=index))
+        for index in range(20)
+    ]
+    produced = []
+    for caching in (False, True):
+        with open_engine(checkpoint, one_bucket("cudagraph", 1), prefix_caching=caching) as engine:
+            produced.append(tokens(engine, wanted))
+            assert (engine.stats().prefix_cached_tokens > 0) == caching
+    assert produced[0] == produced[1]
+
+
 @pytest.mark.parametrize("mode", ["off", "layer", "model"])
 def test_across_buckets_a_token_differs_only_where_the_logits_are_close(checkpoint: Path, mode: str) -> None:
     """Teacher-forced: transformers, in float64, judges every token of a bfloat16 engine with the whole ladder."""
