@@ -109,7 +109,7 @@ class EngineConfig(_Config):
         backend: see BackendConfig.
     """
 
-    model: str = "tiny-random"
+    model: str = "tiny"
     load_format: Literal["auto", "random"] = "auto"
     device: Device = "auto"
     dtype: Dtype = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -17,11 +18,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, errors="replace", check=False)
 
 
-def test_generate_prints_text_and_closes_with_figures() -> None:
-    done = run("generate", "def f(", *SMALL, "--max-tokens", "12", "--backend", "eager", "--overlap-depth", "2")
+PROMPT = 'def is_empty(self):\n    """Return True if there are no elements."""\n'
+
+
+def test_generate_prints_a_completed_function_and_closes_with_figures() -> None:
+    done = run("generate", PROMPT, "--echo", *SMALL, "--backend", "eager", "--overlap-depth", "2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
-    assert "12 tokens" in done.stderr.splitlines()[-1]
+    assert done.stdout.startswith(PROMPT)
+    (function,) = ast.parse(done.stdout).body
+    assert len(function.body) > 1
+    assert "tiny (license apache-2.0) on cpu" in done.stderr.splitlines()[-1]
     assert "tokens/s" in done.stderr
     assert "depth 2" in done.stderr
 
@@ -92,3 +98,11 @@ def test_env_prints_the_resolved_configuration() -> None:
     assert done.returncode == 0, done.stderr
     for word in ("torch", "max_model_len", "backend.overlap_depth", "1024"):
         assert word in done.stdout
+
+
+def test_a_stop_text_ends_the_output_before_it() -> None:
+    whole = run("generate", PROMPT, *SMALL).stdout
+    stop = whole.strip()[2:6]
+    done = run("generate", PROMPT, *SMALL, "--stop", stop, "--min-p", "0.1", "--repetition-penalty", "1.0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == whole[: whole.index(stop)] + "\n"

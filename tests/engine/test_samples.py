@@ -14,7 +14,7 @@ PARAMS = SamplingParams(n=3, max_tokens=12, seed=11, temperature=1.5, ignore_eos
 @pytest.fixture(scope="module", params=[0, 2])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     config = EngineConfig(
-        device="cpu", dtype="float64", max_num_seqs=4, max_model_len=64,
+        model="tiny-random", device="cpu", dtype="float64", max_num_seqs=4, max_model_len=64,
         backend=BackendConfig(overlap_depth=request.param, verify=False),
     )  # fmt: skip
     with Engine(config) as engine:

@@ -97,7 +97,8 @@ def test_samples_with_stop_strings_end_as_alone_when_they_are_preempted(depth: i
     ]  # fmt: skip
     alone = [engine_at(0).generate("start", each)[0] for each in params]
     config = EngineConfig(
-        device="cpu", dtype="float64", max_num_seqs=8, max_model_len=128, kv_block_size=8, num_kv_blocks=24,
+        model="tiny-random", device="cpu", dtype="float64", max_num_seqs=8, max_model_len=128, kv_block_size=8,
+        num_kv_blocks=24,
         backend=BackendConfig(overlap_depth=depth, verify=False),
     )  # fmt: skip
     with Engine(config) as engine:
@@ -251,7 +252,7 @@ def test_a_stop_string_before_an_incomplete_last_character_ends_the_text(
 def test_a_stop_string_before_an_incomplete_character_counts_when_the_length_ends_the_request(depth: int) -> None:
     params = SamplingParams(max_tokens=1, temperature=0, logit_bias={1: 100}, ignore_eos=True, stop="b")
     config = EngineConfig(
-        device="cpu", dtype="float64", max_num_seqs=1, max_model_len=32,
+        model="tiny-random", device="cpu", dtype="float64", max_num_seqs=1, max_model_len=32,
         backend=BackendConfig(overlap_depth=depth, verify=False),
     )  # fmt: skip
     with Engine(config) as engine:
