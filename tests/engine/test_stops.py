@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cache
 from itertools import pairwise
 from typing import cast
@@ -23,14 +25,23 @@ from graphexec.plan import FinishCode, StepPlan, StepResult
 DEPTHS = [0, 1, 2, 4]
 
 
+_engines = ExitStack()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close_engines() -> Iterator[None]:
+    with _engines:
+        yield
+    engine_at.cache_clear()
+
+
 @cache
 def engine_at(depth: int) -> Engine:
-    return Engine(
-        EngineConfig(
-            model="tiny-random", device="cpu", dtype="float64", max_num_seqs=4, max_model_len=128,
-            backend=BackendConfig(overlap_depth=depth, verify=False),
-        )
+    config = EngineConfig(
+        model="tiny-random", device="cpu", dtype="float64", max_num_seqs=4, max_model_len=128,
+        backend=BackendConfig(overlap_depth=depth, verify=False),
     )  # fmt: skip
+    return _engines.enter_context(Engine(config))
 
 
 @pytest.fixture(params=DEPTHS)
