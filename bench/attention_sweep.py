@@ -132,7 +132,7 @@ def sweep_decode(load: Load, num_sms: int, bandwidth: float, device: str) -> Ite
     row_slot = torch.arange(batch, dtype=torch.int32, device=device)
     positions = torch.full((batch,), context - 1, dtype=torch.int32, device=device)
 
-    chosen_tile = choose_decode_tile(head_dim, DTYPE.itemsize)
+    chosen_tile = choose_decode_tile(head_dim, num_heads // num_kv_heads, DTYPE.itemsize)
     chosen_splits = choose_splits(batch, num_kv_heads, num_sms)
     useful = [splits for splits in (1, 2, 4, 8, 16, 32, 64, 128) if splits < 2 * context / chosen_tile.block_n]
     pairs = [(chosen_splits, chosen_tile)]

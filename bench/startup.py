@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -35,8 +37,9 @@ Row = dict[str, object]
 
 METHOD = {
     "cold": "TORCHINDUCTOR_CACHE_DIR, TRITON_CACHE_DIR and CUDA_CACHE_PATH are new, empty folders; warm: those that "
-    "the cold start of the same mode has filled. Python's own bytecode and the files of the libraries are cached "
-    "before the first start, by a process that only imports.",
+    "the cold start of the same mode has filled. Python's bytecode (in a folder of PYTHONPYCACHEPREFIX, since some "
+    "machines keep none) and the files of the libraries are cached before the first start, by a process that only "
+    "imports.",
     "imported_s": "from just before the process is started to the end of its imports.",
     "ready_s": "to an engine that has captured the whole ladder for every sampler variant.",
     "first_token_s": "to the first token of a first request, on the host.",
@@ -45,7 +48,10 @@ METHOD = {
     "saved_s": "cold ready_s - warm ready_s of the same mode: what the compile caches save.",
 }
 _CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "CUDA_CACHE_PATH": "cuda"}
-_IMPORTS = "import torch, transformers, triton, graphexec"
+_IMPORTS = (
+    "import torch._inductor.compile_fx, torch._inductor.async_compile, torch._inductor.scheduler, graphexec.engine\n"
+    "import transformers.models.qwen3.modeling_qwen3, transformers.models.auto.modeling_auto"
+)
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,12 @@ class Start:
         return {"batch": batch, "decode_step_ms": slope.step_ms, "samples": slope.samples()}
 
 
-def starts(start: Start, cold_starts: int, warm_starts: int, limit_s: float) -> list[Row]:
+def starts(
+    start: Start, cold_starts: int, warm_starts: int, limit_s: float, environment: Mapping[str, str] | None = None
+) -> list[Row]:
     """Rows of a mode's cold starts, each with caches of its own, and then its warm ones, over the last of these.
+
+    `environment` is that of the processes, None for this one's.
 
     Raises:
         RuntimeError: a process failed.
@@ -116,15 +126,16 @@ def starts(start: Start, cold_starts: int, warm_starts: int, limit_s: float) -> 
     with tempfile.TemporaryDirectory() as folder:
         for index in range(cold_starts):
             caches = Path(folder) / str(index)
-            rows.append({"compile": start.compile, "cache": "cold", **_fresh(alone, caches, limit_s)})
+            rows.append({"compile": start.compile, "cache": "cold", **_fresh(alone, caches, limit_s, environment)})
         for index in range(warm_starts):
             last = start if index == warm_starts - 1 else alone
-            rows.append({"compile": start.compile, "cache": "warm", **_fresh(last, caches, limit_s)})
+            rows.append({"compile": start.compile, "cache": "warm", **_fresh(last, caches, limit_s, environment)})
     return rows
 
 
-def _fresh(start: Start, caches: Path, limit_s: float) -> Row:
-    environment = os.environ | {name: str(caches / folder) for name, folder in _CACHES.items()}
+def _fresh(start: Start, caches: Path, limit_s: float, environment: Mapping[str, str] | None) -> Row:
+    own = os.environ if environment is None else environment
+    environment = {**own, **{name: str(caches / folder) for name, folder in _CACHES.items()}}
     command = [sys.executable, "-m", "bench.startup", *start.words()]
     began = time.time()
     done = subprocess.run(
@@ -159,22 +170,32 @@ def measure(given: argparse.Namespace, command: list[str]) -> Row:
         "skipped": skipped,
         "errors": errors,
     }
-    subprocess.run([sys.executable, "-c", _IMPORTS], check=True)
-    for mode in given.compile:
-        if given.minutes is not None and time.monotonic() - began > given.minutes * 60:
-            skipped.append(f"compile={mode}")
-            continue
-        print(f"[{time.monotonic() - began:6.1f} s] compile={mode}", file=sys.stderr, flush=True)
-        start = Start(given.shape, mode, given.device, given.batch, given.tokens, given.repeats, given.verify)
-        try:
-            rows += starts(start, given.cold, given.warm, given.limit)
-        except (RuntimeError, subprocess.TimeoutExpired) as failure:
-            errors.append({"part": f"compile={mode}", "error": str(failure)})
-        results["saved_s"] = _saved(rows)
-        if given.json is not None:
-            given.json.parent.mkdir(parents=True, exist_ok=True)
-            given.json.write_text(json.dumps(results, indent=1) + "\n")
+    with _cached_bytecode() as environment:
+        for mode in given.compile:
+            if given.minutes is not None and time.monotonic() - began > given.minutes * 60:
+                skipped.append(f"compile={mode}")
+                continue
+            print(f"[{time.monotonic() - began:6.1f} s] compile={mode}", file=sys.stderr, flush=True)
+            start = Start(given.shape, mode, given.device, given.batch, given.tokens, given.repeats, given.verify)
+            try:
+                rows += starts(start, given.cold, given.warm, given.limit, environment)
+            except (RuntimeError, subprocess.TimeoutExpired) as failure:
+                errors.append({"part": f"compile={mode}", "error": str(failure)})
+            results["saved_s"] = _saved(rows)
+            if given.json is not None:
+                given.json.parent.mkdir(parents=True, exist_ok=True)
+                given.json.write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+@contextmanager
+def _cached_bytecode() -> Iterator[dict[str, str]]:
+    """The environment of processes that find the bytecode of what they import."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    with tempfile.TemporaryDirectory() as folder:
+        environment["PYTHONPYCACHEPREFIX"] = folder
+        subprocess.run([sys.executable, "-c", _IMPORTS], check=True, env=environment)
+        yield environment
 
 
 def _saved(rows: list[Row]) -> dict[str, float]:

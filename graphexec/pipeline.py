@@ -164,22 +164,21 @@ class Pipeline:
         return enqueue
 
     def collect(self, handle: PipelineHandle, timeout_s: float | None) -> StepResult:
-        """What `PipelineHandle.result` does."""
-        with self.runtime.activated():
-            limit = self._timeout_s if timeout_s is None else timeout_s
-            started = time.perf_counter()
-            landed = self.records.wait(handle.step, limit)
-            self.wait_s += time.perf_counter() - started
-            self.compute.check()
-            self._copy.check()
-            if not landed:
-                self._raise_timeout(handle, limit)
-            words = self.records.read(handle.step, self._record_words(handle.key))
-            self._check(words, handle)
-            result = _unpack(words, self.records.layout, handle.step)
-            self.controller.observe(result)
-            self.controller.count(handle.bound, handle.key.bucket, result.real_bsz)
-            return result
+        """What `PipelineHandle.result` does. Needs no device to be current: it asks handles and reads host memory."""
+        limit = self._timeout_s if timeout_s is None else timeout_s
+        started = time.perf_counter()
+        landed = self.records.wait(handle.step, limit)
+        self.wait_s += time.perf_counter() - started
+        self.compute.check()
+        self._copy.check()
+        if not landed:
+            self._raise_timeout(handle, limit)
+        words = self.records.read(handle.step, self._record_words(handle.key))
+        self._check(words, handle)
+        result = _unpack(words, self.records.layout, handle.step)
+        self.controller.observe(result)
+        self.controller.count(handle.bound, handle.key.bucket, result.real_bsz)
+        return result
 
     def close(self) -> None:
         """Drains both streams, then frees events and rings; a pipeline that does not drain is never freed (F7)."""

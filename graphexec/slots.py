@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from graphexec.kernels.apply import ADMIT, ARM, ENTRY_FIELDS, HEADER_WORDS, RELEASE, apply_deltas
 from graphexec.kernels.state import SlotTensors, StepTensors
 from graphexec.plan import Int32Array
 
 __all__ = ["Admission", "SlotDeltas", "SlotLimits", "SlotState"]
+
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,21 +117,30 @@ class _SlotDelta:
     tokens: Sequence[int] = ()
 
 
+class _Growth(NamedTuple):
+    slots: IntArray
+    first_blocks: IntArray
+    counts: IntArray
+    blocks: Sequence[int]
+
+
 class SlotDeltas:
     """The changes of one step, at most one entry a slot (F8): later changes of a slot are merged into the first."""
 
     def __init__(self, limits: SlotLimits) -> None:
         self._limits = limits
         self._deltas: dict[int, _SlotDelta] = {}
+        self._growth: _Growth | None = None
         self._admission_words = 0
 
     def __len__(self) -> int:
-        return len(self._deltas)
+        return len(self._deltas) + (0 if self._growth is None else len(self._growth.slots))
 
     @property
     def armed(self) -> Sequence[int]:
         """Slots that may run because of this batch: all but those that are only released."""
-        return [slot for slot, delta in self._deltas.items() if delta.flags != RELEASE]
+        grown = [] if self._growth is None else self._growth.slots.tolist()
+        return grown + [slot for slot, delta in self._deltas.items() if delta.flags != RELEASE]
 
     def has_room_for(self, admission: Admission) -> bool:
         """Whether its biases and stop sequences fit beside those of this step; alone they always do."""
@@ -157,6 +170,13 @@ class SlotDeltas:
             delta.first_block = first_block
         delta.blocks.extend(blocks)
 
+    def grow(self, slots: IntArray, first_blocks: IntArray, counts: IntArray, blocks: Sequence[int]) -> None:
+        """`supply` for many running slots at once, as almost every step does; `blocks` lie slot behind slot.
+
+        At most once a batch, which then holds nothing else for these slots.
+        """
+        self._growth = _Growth(slots, first_blocks, counts, blocks)
+
     def release(self, slot: int) -> None:
         """The slot stops running; what else this batch held for it is dropped."""
         self._deltas[slot] = _SlotDelta(flags=RELEASE)
@@ -167,14 +187,35 @@ class SlotDeltas:
         Raises:
             ValueError: the batch carries more than the layout holds.
         """
-        limits, width, count = self._limits, self._limits.entry_words, len(self._deltas)
+        limits, width, count = self._limits, self._limits.entry_words, len(self)
         words[0] = count
         words[1] = np.uint32(step & 0xFFFFFFFF).astype(np.int32)
         if count == 0:
             return
         entries = words[HEADER_WORDS : HEADER_WORDS + count * width].reshape(count, width)
-        heads, tails = [], []
         payload: list[int] = []
+        if self._growth is not None:
+            self._pack_growth(entries, self._growth, payload)
+            entries = entries[len(self._growth.slots) :]
+        if self._deltas:
+            self._pack_deltas(entries, payload)
+        if len(payload) > limits.payload_words:
+            raise ValueError(f"The deltas of step {step} carry more than {limits.payload_words} words of payload.")
+        begin = HEADER_WORDS + limits.max_slots * width
+        words[begin : begin + len(payload)] = payload
+
+    def _pack_growth(self, entries: Int32Array, growth: _Growth, payload: list[int]) -> None:
+        if not self._deltas.keys().isdisjoint(growth.slots.tolist()):
+            raise ValueError("A slot that grows has another entry in this batch (F8).")
+        grown = entries[: len(growth.slots)]
+        grown[:, :ENTRY_FIELDS] = 0
+        grown[:, 0] = growth.slots
+        grown[:, 21], grown[:, 22] = growth.first_blocks, growth.counts
+        grown[:, 23] = np.cumsum(growth.counts) - growth.counts
+        payload += growth.blocks
+
+    def _pack_deltas(self, entries: Int32Array, payload: list[int]) -> None:
+        heads, tails = [], []
         for index, (slot, delta) in enumerate(self._deltas.items()):
             heads.append((slot, delta.flags, delta.query_len))
             blocks, tokens = len(delta.blocks), len(delta.tokens)
@@ -184,15 +225,14 @@ class SlotDeltas:
             payload += delta.tokens
             if delta.admission is not None:
                 self._pack_admission(entries[index], delta.admission, payload)
-        if len(payload) > limits.payload_words:
-            raise ValueError(f"The deltas of step {step} carry more than {limits.payload_words} words of payload.")
         entries[:, : len(heads[0])] = heads
         entries[:, ENTRY_FIELDS - len(tails[0]) : ENTRY_FIELDS] = tails
-        begin = HEADER_WORDS + limits.max_slots * width
-        words[begin : begin + len(payload)] = payload
 
     def _of(self, slot: int) -> _SlotDelta:
-        return self._deltas.setdefault(slot, _SlotDelta())
+        delta = self._deltas.get(slot)
+        if delta is None:
+            delta = self._deltas[slot] = _SlotDelta()
+        return delta
 
     def _words_of(self, admission: Admission) -> int:
         return 2 * len(admission.biases) + len(admission.stop_sequences) * self._limits.max_stop_sequence_tokens

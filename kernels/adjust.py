@@ -6,9 +6,9 @@ Definition, for each token id of a row, in float32 (float64 for float64 logits):
 3. If it is in the output: subtract `frequency_penalty` times its count there, and `presence_penalty` once.
 Steps 1 and 2-3 each round to the type of the logits, which are changed in place.
 
-The counts are not stored: the kernel compares the tokens of the sequence with each other, `num_tokens`² comparisons
-spread over the grid. So a request without penalties costs no memory and no time, one with them no memory, and nothing
-has to be kept right when a request is preempted and computed again.
+The counts are not kept from step to step: the kernel counts the known tokens of a sequence anew, in a table of the
+vocabulary that it clears as it reads. So a request without penalties costs neither memory nor time, one with them no
+memory, and nothing has to be kept right when a request is preempted and computed again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = ["adjust_reference", "adjust_triton"]
 
-_TILE = 128
-_MIN_PROGRAMS = 8
-"""Of a row; each takes every eighth tile of a long sequence, then."""
-_PROGRAMS = 2048
-"""Of a step: some sixteen for each multiprocessor of an H200."""
+_TILE = 1024
+_PROGRAMS = 64
+"""Tables of counts, at most: 4 V bytes each (39 MB in all at V = 151,936), zeroed in each step that may need one."""
+_IN_PROMPT = tl.constexpr(1 << 30)
+"""Beside the count of an id in the output, below it."""
 
 
 @triton.jit
@@ -57,6 +57,7 @@ def _bias_kernel(
 @triton.jit
 def _penalty_kernel(
     logits_ptr,  # [B, V], rows `row_stride` apart
+    counts_ptr,  # [programs, V], zeros before and after
     slots_ptr,  # [B]
     token_ids_ptr,  # [S, MAX_TOKENS]
     num_tokens_ptr,  # [S], as all that follow
@@ -65,43 +66,44 @@ def _penalty_kernel(
     presence_ptr,
     frequency_ptr,
     row_stride,
+    rows,
+    vocabulary,
     MAX_TOKENS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * TILE
-    slot = tl.load(slots_ptr + row)
-    if slot < 0:
-        return
-    known = tl.load(num_tokens_ptr + slot)
-    repetition = tl.load(repetition_ptr + slot)
-    presence = tl.load(presence_ptr + slot)
-    frequency = tl.load(frequency_ptr + slot)
-    penalizes = (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0)
-    if (penalizes == 0) | (first >= known):
-        return
-    prompt_len = tl.load(prompt_len_ptr + slot)
-    sequence = token_ids_ptr + slot.to(tl.int64) * MAX_TOKENS
-    for begin in range(first, known, tl.num_programs(1) * TILE):
-        position = begin + tl.arange(0, TILE)
-        ids = tl.load(sequence + position, mask=position < known, other=-1)
-        count = tl.zeros([TILE], dtype=tl.int32)
-        comes_again = tl.zeros([TILE], dtype=tl.int32)
-        for start in range(0, known, TILE):
-            other = start + tl.arange(0, TILE)
-            others = tl.load(sequence + other, mask=other < known, other=-2)
-            same = (ids[:, None] == others[None, :]).to(tl.int32)
-            count += tl.sum(tl.where((other >= prompt_len)[None, :], same, 0), axis=1)
-            comes_again += tl.sum(tl.where(other[None, :] > position[:, None], same, 0), axis=1)
-        # An id is adjusted once, by the lane of its last occurrence; no other program touches it.
-        last = (position < known) & (comes_again == 0)
-        at = logits_ptr + row * row_stride + ids
-        logits = tl.load(at, mask=last, other=0.0)
-        value = logits.to(tl.float32)
-        value = tl.where(value > 0, tl.div_rn(value, repetition), value * repetition)  # as torch rounds
-        value -= frequency * count.to(tl.float32)
-        value -= tl.where(count > 0, presence, 0.0)
-        tl.store(at, value.to(logits.dtype), mask=last)
+    program = tl.program_id(0).to(tl.int64)
+    counts = counts_ptr + program * vocabulary
+    for row in range(program, rows, tl.num_programs(0)):
+        slot = tl.load(slots_ptr + row)
+        at_slot = tl.maximum(slot, 0)
+        repetition = tl.load(repetition_ptr + at_slot)
+        presence = tl.load(presence_ptr + at_slot)
+        frequency = tl.load(frequency_ptr + at_slot)
+        penalizes = (slot >= 0) & ((repetition != 1.0) | (presence != 0.0) | (frequency != 0.0))
+        known = tl.where(penalizes, tl.load(num_tokens_ptr + at_slot), 0)
+        prompt_len = tl.load(prompt_len_ptr + at_slot)
+        sequence = token_ids_ptr + at_slot.to(tl.int64) * MAX_TOKENS
+        for begin in range(0, known, TILE):
+            position = begin + tl.arange(0, TILE)
+            ids = tl.load(sequence + position, mask=position < known, other=0)
+            tl.atomic_or(counts + ids, _IN_PROMPT, mask=(position < known) & (position < prompt_len))
+            tl.atomic_add(counts + ids, 1, mask=(position < known) & (position >= prompt_len))
+        tl.debug_barrier()  # every token is counted before any count is taken
+        for begin in range(0, known, TILE):
+            position = begin + tl.arange(0, TILE)
+            ids = tl.load(sequence + position, mask=position < known, other=0)
+            # The lane that takes an id's count leaves zero for the id's other places: each is adjusted once.
+            taken = tl.atomic_xchg(counts + ids, 0, mask=position < known)
+            first = (position < known) & (taken != 0)
+            count = taken & (_IN_PROMPT - 1)
+            at = logits_ptr + row * row_stride + ids
+            logits = tl.load(at, mask=first, other=0.0)
+            value = logits.to(tl.float32)
+            value = tl.where(value > 0, tl.div_rn(value, repetition), value * repetition)  # as torch rounds
+            value -= frequency * count.to(tl.float32)
+            value -= tl.where(count > 0, presence, 0.0)
+            tl.store(at, value.to(logits.dtype), mask=first)
+        tl.debug_barrier()  # the table is clear before the next row is counted
 
 
 def adjust_triton(logits: torch.Tensor, slots: torch.Tensor, state: SamplingState) -> None:
@@ -118,13 +120,13 @@ def adjust_triton(logits: torch.Tensor, slots: torch.Tensor, state: SamplingStat
         logits, slots, state.bias_ids, state.bias_values, logits.stride(0),
         BIASES=biases, LANES=triton.next_power_of_2(biases), num_warps=4,
     )  # fmt: skip
-    max_tokens = state.token_ids.shape[1]
-    # Most rows have no penalty, and their programs leave at once: but thousands of those take time, too.
-    programs = min(triton.cdiv(max_tokens, _TILE), max(_MIN_PROGRAMS, _PROGRAMS // rows))
-    _penalty_kernel[(rows, programs)](
-        logits, slots, state.token_ids, state.num_tokens, state.prompt_len,
-        state.repetition_penalty, state.presence_penalty, state.frequency_penalty, logits.stride(0),
-        MAX_TOKENS=max_tokens, TILE=_TILE, num_warps=4,
+    programs = min(rows, _PROGRAMS)
+    counts = torch.zeros(programs, logits.shape[1], dtype=torch.int32, device=logits.device)
+    _penalty_kernel[(programs,)](
+        logits, counts, slots, state.token_ids, state.num_tokens, state.prompt_len,
+        state.repetition_penalty, state.presence_penalty, state.frequency_penalty,
+        logits.stride(0), rows, logits.shape[1],
+        MAX_TOKENS=state.token_ids.shape[1], TILE=_TILE, num_warps=8,
     )  # fmt: skip
 
 

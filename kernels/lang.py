@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from graphexec.errors import ConfigError
@@ -35,7 +36,7 @@ except ImportError:  # the CPU build of torch does not bring Triton; the referen
 
     triton = tl = _Missing()
 
-__all__ = ["tl", "triton", "use_triton"]
+__all__ = ["settle_cache_folder", "tl", "triton", "use_triton"]
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
@@ -44,3 +45,12 @@ def use_triton(tensor: torch.Tensor) -> bool:
     float64 is the setting of equality tests, and has no kernel on any device.
     """
     return tensor.is_cuda and tensor.element_size() < 8
+
+
+def settle_cache_folder() -> None:
+    """Settles where Triton caches what it compiles, unless TRITON_CACHE_DIR says so; before the first kernel.
+
+    torch's inductor sets that variable in the middle of a start, sooner or later as its own cache is cold or warm. The
+    next start would look for some kernels where they are not.
+    """
+    os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)

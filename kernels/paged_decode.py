@@ -48,15 +48,18 @@ def choose_splits(rows: int, num_kv_heads: int, num_sms: int) -> int:
     return min(MAX_SPLITS, 1 << (share.bit_length() - 1))
 
 
-def choose_decode_tile(head_dim: int, element_size: int) -> DecodeTile:
-    """The tile for a head size and an element size in bytes.
+def choose_decode_tile(head_dim: int, group: int, element_size: int) -> DecodeTile:
+    """The tile for a head size, query heads of a KV head, and an element size in bytes.
 
-    At most 16 KiB of keys, so that programs share a multiprocessor. Five stages: the loads wait for the block table, so
-    it takes five to have two tiles on their way. float32 multiplies on the ordinary cores, and spills with four warps.
+    At most 16 KiB of keys and three stages, so that two or three programs share a multiprocessor: their number hides
+    the latency better than a deeper pipeline does. Two warps hold what a small group accumulates; more only wait for
+    each other (bench/attention_sweep.py: 64 tokens, 2 warps, 3 stages is best or within 4 % of it at every batch and
+    context tried). float32 multiplies on the ordinary cores, and spills with less than eight.
     """
     row_bytes = triton.next_power_of_2(head_dim) * element_size
+    half_warps = 2 if group <= 16 and head_dim <= 128 else 4
     return DecodeTile(
-        block_n=max(16, min(64, 16384 // row_bytes)), num_warps=8 if element_size > 2 else 4, num_stages=5
+        block_n=max(16, min(64, 16384 // row_bytes)), num_warps=8 if element_size > 2 else half_warps, num_stages=3
     )
 
 
@@ -153,7 +156,7 @@ def paged_decode_triton(
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
     if tile is None:
-        tile = choose_decode_tile(head_dim, query.element_size())
+        tile = choose_decode_tile(head_dim, group, query.element_size())
     out = torch.empty_like(query)
     if rows == 0:
         return out
@@ -239,9 +242,9 @@ def _decode_kernel(
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     slot = tl.load(row_slot + row).to(tl.int64)
+    context = tl.load(positions + row) + 1  # before the branch, or it would wait for the slot
     if slot < 0:
         return
-    context = tl.load(positions + row) + 1
     tiles, share = _share_of_split(context, num_splits, BLOCK_N)
     first_tile = split * share
     if first_tile >= tiles:
@@ -313,9 +316,9 @@ def _combine_kernel(
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     slot = tl.load(row_slot + row)
+    context = tl.load(positions + row) + 1  # before the branch, or it would wait for the slot
     if slot < 0:
         return
-    context = tl.load(positions + row) + 1
     tiles, share = _share_of_split(context, num_splits, BLOCK_N)
 
     splits = tl.arange(0, SPLITS_PADDED)

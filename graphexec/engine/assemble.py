@@ -19,6 +19,7 @@ from graphexec.engine.loader import load_config, load_model, load_tokenizer, mod
 from graphexec.engine.program import DecoderProgram
 from graphexec.engine.resolve import ResolvedConfig, kv_block_bytes, resolve
 from graphexec.errors import ConfigError
+from graphexec.kernels.lang import settle_cache_folder
 from graphexec.runtime import Runtime, create_runtime
 from graphexec.slots import SlotLimits
 
@@ -59,6 +60,8 @@ def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
     model_config = load_config(folder)
     resolved = resolve(config, model_config)
     runtime = create_runtime(resolved.device)
+    if resolved.device.type == "cuda":
+        settle_cache_folder()
     tokenizer = load_tokenizer(folder)
     load_format = "random" if config.model == "tiny-random" else config.load_format
     loaded = load_model(folder, model_config, load_format, resolved.device, resolved.dtype, config.seed)

@@ -155,18 +155,22 @@ class Scheduler:
         short = np.flatnonzero(decodes & (wanted > self._capacity))
         if len(short) == 0:
             return
-        size = self._limits.block_size
-        if len(short) > self._allocator.free:
-            short = short[np.argsort((self._capacity - self._scheduled)[short])]  # the neediest first
-        for slot in short.tolist():
+        size, free = self._limits.block_size, self._allocator.free
+        counts = -(-(wanted - self._capacity)[short] // size)
+        if counts.sum() > free:
+            order = np.argsort((self._capacity - self._scheduled)[short])  # the neediest first
+            order = order[np.cumsum(counts[order]) <= free]
+            short, counts = short[order], counts[order]
+        blocks = self._allocator.take(int(counts.sum()))
+        assert blocks is not None
+        deltas.grow(short, self._capacity[short] // size, counts, blocks)
+        self._capacity[short] += counts * size
+        begin = 0
+        for slot, count in zip(short.tolist(), counts.tolist(), strict=True):
             request = self._owners[slot]
             assert request is not None
-            count = -(-(int(wanted[slot]) - int(self._capacity[slot])) // size)
-            blocks = self._allocator.take(count)
-            if blocks is not None:
-                deltas.supply(slot, len(request.blocks), blocks)
-                request.blocks += blocks
-                self._capacity[slot] += count * size
+            request.blocks += blocks[begin : begin + count]
+            begin += count
 
     def _continue_prompts(self, deltas: SlotDeltas, budget: int) -> list[int]:
         chunks = []

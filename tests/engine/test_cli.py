@@ -18,7 +18,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, errors="replace", check=False)
 
 
-PROMPT = 'def is_empty(self):\n    """Return True if there are no elements."""\n'
+PROMPT = 'def load(filename):\n    """Load a file and return its content."""\n'
 
 
 def test_generate_prints_a_completed_function_and_closes_with_figures() -> None:

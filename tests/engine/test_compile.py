@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from torch._dynamo.testing import CompileCounter
 
 from graphexec import BackendConfig, Engine, EngineConfig, SamplingParams
 from graphexec.engine import assemble
+from graphexec.kernels.lang import settle_cache_folder
 from tests.support.checkpoints import make_checkpoint
 
 
@@ -65,3 +67,13 @@ def test_a_second_start_finds_its_two_compilations_in_torchs_cache(tmp_path: Pat
         for _ in range(2)
     ]
     assert starts == [["2", "0"], ["0", "2"]]
+
+
+def test_triton_keeps_one_cache_folder_whatever_torch_sets_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    before = triton.knobs.cache.dir
+    settle_cache_folder()
+    assert os.environ["TRITON_CACHE_DIR"] == before == triton.knobs.cache.dir
+    monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
+    settle_cache_folder()
+    assert os.environ["TRITON_CACHE_DIR"] == "elsewhere"

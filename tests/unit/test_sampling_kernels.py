@@ -216,9 +216,9 @@ def test_penalties_count_output_and_prompt_as_they_should():
 
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("known", [0, 1, 127, 128, 129, 300, 1200])  # the last takes more tiles than a row has programs
+@pytest.mark.parametrize("known", [0, 1, 127, 1023, 1024, 1025, 2100])
 def test_penalties_over_sequences_around_the_tile_adjust_every_id_once(dtype, known, monkeypatch):
-    monkeypatch.setattr(adjust, "_PROGRAMS", 1)  # as in a large batch
+    monkeypatch.setattr(adjust, "_PROGRAMS", 1)  # as in a large batch, where rows share a table of counts
     generator = torch.Generator().manual_seed(known)
     ids = torch.randint(40, (known,), generator=generator).tolist()
     state = make_state(

@@ -84,6 +84,30 @@ def test_changes_of_one_slot_are_one_entry() -> None:
     assert slots.num_blocks.tolist() == [0, 3, 0, 3]
 
 
+def test_growth_is_a_supply_for_many_slots_beside_other_changes() -> None:
+    deltas = SlotDeltas(LIMITS)
+    deltas.grow(np.array([1, 3]), np.array([0, 2]), np.array([2, 1]), [3, 4, 6])
+    deltas.admit(2, ADMISSION)
+    deltas.supply(2, 0, [7])
+    expected = SlotDeltas(LIMITS)
+    expected.supply(1, 0, [3, 4])
+    expected.supply(3, 2, [6])
+    expected.admit(2, ADMISSION)
+    expected.supply(2, 0, [7])
+    assert sorted(deltas.armed) == [1, 2, 3]
+    assert len(deltas) == 3
+    for own, other in zip(applied(deltas).all(), applied(expected).all(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_a_slot_that_grows_has_no_other_entry() -> None:
+    deltas = SlotDeltas(LIMITS)
+    deltas.grow(np.array([1]), np.array([0]), np.array([1]), [3])
+    deltas.release(1)
+    with pytest.raises(ValueError, match="F8"):
+        applied(deltas)
+
+
 def test_a_release_in_the_same_batch_does_not_cancel_a_prefill() -> None:
     """FastDeploy 6629: a preempt that arrived with a prefill of its slot cancelled it."""
     deltas = SlotDeltas(LIMITS)

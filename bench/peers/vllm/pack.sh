@@ -6,7 +6,7 @@
 # the newest vLLM that is built for this torch. Dense models run; the kernels of others are left out.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
-folder=${1:-$root/.peer}
+folder=$(realpath -m "${1:-$root/.peer}")
 first_bytes=56000000
 wheels=(
   annotated-doc==0.0.4 annotated-types==0.7.0 apache-tvm-ffi==0.1.10 astor==0.8.1 blake3==1.0.5 cachetools==7.1.6
