@@ -8,7 +8,7 @@
 #   calls                         what the host, the driver and single replays cost (pytest-benchmark)
 #   peer-unpack                   puts away what lies in .peer/a and .peer/b (bench/peers/vllm/pack.sh), and sets vLLM up
 #                                 once both have come: they are too large to travel together
-#   peer, peer-8b                 vLLM and graphexec, by shape
+#   peer, peer-8b, peer-context   vLLM and graphexec, by shape, and with prompts of 1,000 tokens
 #   peer-torch                    transformers' continuous batching, torch.compile, and graphexec
 #
 # Each takes less than 7 minutes: every part has a limit of its own and of what is left, and one that fails does not keep
@@ -18,7 +18,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-rounds="tests|bench|bench-8b|context|context-8b|startup|calls|peer-unpack|peer|peer-8b|peer-torch"
+rounds="tests|bench|bench-8b|context|context-8b|startup|calls|peer-unpack|peer|peer-8b|peer-context|peer-torch"
 round=${1:-}
 if [[ -z $round || $round == *"|"* || "|$rounds|" != *"|$round|"* ]]; then
   echo "usage: bench/gpu_round.sh $rounds" >&2
@@ -129,25 +129,31 @@ peer-unpack() {
   fi
 }
 
-# beside SHAPE NAME VLLM_SECONDS: vLLM first, since it is the one that may fail to start.
+# beside SHAPE NAME VLLM_SECONDS WORD...: vLLM first, since it is the one that may fail to start; WORDs are for both.
 beside() {
+  local shape=$1 name=$2 seconds=$3
+  shift 3
   if [[ -e $site/.complete ]]; then
-    PYTHONPATH="$site:$PWD" part "vllm, $1" "$3" python3 -m bench.peers.vllm.bench --shape "$1" --traced --json "$OUT/$2-vllm.json"
+    PYTHONPATH="$site:$PWD" part "vllm, $name" "$seconds" python3 -m bench.peers.vllm.bench --shape "$shape" --traced \
+      --json "$OUT/$name-vllm.json" "$@"
   else
     echo "== vLLM is not set up: peer-unpack comes first"
     failed+=("vllm")
   fi
-  ours "$1" "$2"
+  ours "$shape" "$name" "$@"
 }
 
-# ours SHAPE NAME: graphexec on the same card in the same minutes.
+# ours SHAPE NAME WORD...: graphexec on the same card in the same minutes.
 ours() {
-  part "graphexec, $1" 200 python3 -m bench.decode --shape "$1" --depth 1 --no-captures --traced-steps 64 --minutes 2.5 \
-    --json "$OUT/$2-graphexec.json"
+  local shape=$1 name=$2
+  shift 2
+  part "graphexec, $name" 290 python3 -m bench.decode --shape "$shape" --depth 1 --no-captures --traced-steps 64 \
+    --minutes 4 --json "$OUT/$name-graphexec.json" "$@"
 }
 
 peer() { beside qwen3-0.6b peer-qwen3-0.6b 220; }
 peer-8b() { beside qwen3-8b peer-qwen3-8b 240; }
+peer-context() { beside qwen3-0.6b peer-context-qwen3-0.6b 220 --batch 1,64,256 --prompt 1000; }
 
 peer-torch() {
   part "torch.compile" 170 python3 -m bench.peers.compiled --batch 1,64 --traced --minutes 1.2 --json "$OUT/peer-torch-qwen3-0.6b-compiled.json"

@@ -123,10 +123,7 @@ class Pipeline:
         """
         with self.runtime.activated():
             self._raise_if_broken()
-            variants = (*self._program.variants, *(self._program.chunk_variants if plan.chunk_rows else ()))
-            if plan.variant not in variants:
-                known = ", ".join(variants)
-                raise ConfigError(f"The program has no variant {plan.variant!r}. Known: {known}.")
+            self._check_variant(plan)
             step = self._next_step
             self.records.acquire(step)
             try:
@@ -147,6 +144,12 @@ class Pipeline:
                 raise
             self._next_step = step + 1
             return PipelineHandle(self, step, key, bound, self._last_delta)
+
+    def _check_variant(self, plan: StepPlan) -> None:
+        program = self._program
+        if plan.variant not in program.variants and not (plan.chunk_rows and plan.variant in program.chunk_variants):
+            known = ", ".join((*program.variants, *(program.chunk_variants if plan.chunk_rows else ())))
+            raise ConfigError(f"The program has no variant {plan.variant!r}. Known: {known}.")
 
     def _stage(self, delta: Delta | None, step: int, launcher: Launcher) -> Callable[[], None] | None:
         if delta is None:

@@ -151,11 +151,17 @@ class Scheduler:
         return int(np.count_nonzero(self._decodable() & (self._scheduled >= self._capacity)))
 
     def _supply_blocks(self, deltas: SlotDeltas, decodes: NDArray[np.bool_]) -> None:
-        wanted = np.minimum(self._scheduled + 1 + self._lookahead, self._limit - 1)
-        short = np.flatnonzero(decodes & (wanted > self._capacity))
-        if len(short) == 0:
-            return
+        """Gives KV blocks to those that need one within the lookahead, and with them to those that soon will.
+
+        A step with a delta begins with its upload. So the slots that come to their next block within half a block's
+        steps get it along, and most steps have no delta.
+        """
         size, free = self._limits.block_size, self._allocator.free
+        ahead = self._scheduled + 1 + self._lookahead
+        if not (decodes & (np.minimum(ahead, self._limit - 1) > self._capacity)).any():
+            return
+        wanted = np.minimum(ahead + size // 2, self._limit - 1)
+        short = np.flatnonzero(decodes & (wanted > self._capacity))
         counts = -(-(wanted - self._capacity)[short] // size)
         if counts.sum() > free:
             order = np.argsort((self._capacity - self._scheduled)[short])  # the neediest first

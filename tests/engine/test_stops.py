@@ -109,7 +109,7 @@ def test_samples_with_stop_strings_end_as_alone_when_they_are_preempted(depth: i
     alone = [engine_at(0).generate("start", each)[0] for each in params]
     config = EngineConfig(
         model="tiny-random", device="cpu", dtype="float64", max_num_seqs=8, max_model_len=128, kv_block_size=8,
-        num_kv_blocks=24,
+        num_kv_blocks=20,
         backend=BackendConfig(overlap_depth=depth, verify=False),
     )  # fmt: skip
     with Engine(config) as engine:

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Packs vLLM 0.26.0 for a GPU machine without network: `bench/peers/vllm/pack.sh [FOLDER]`, from anywhere.
 #
-# Writes FOLDER/a and FOLDER/b (.peer/a and .peer/b by default), each less than 62 MB, since that much travels at a time;
+# Writes FOLDER/a and FOLDER/b (.peer/a and .peer/b by default), each less than 51 MB: 64 MiB travel at a time, the
+# checkout among them;
 # setup.sh puts them together. There, torch 2.11.0+cu130, Python 3.12 and transformers 5.17 must be installed: 0.26.0 is
 # the newest vLLM that is built for this torch. Dense models run; the kernels of others are left out.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 folder=$(realpath -m "${1:-$root/.peer}")
-first_bytes=56000000
+first_bytes=48500000
 wheels=(
   annotated-doc==0.0.4 annotated-types==0.7.0 apache-tvm-ffi==0.1.10 astor==0.8.1 blake3==1.0.5 cachetools==7.1.6
   cbor2==6.1.3 cloudpickle==3.1.2 compressed-tensors==0.17.0 depyf==0.20.0 dill==0.4.0 distro==1.9.0 fastapi==0.136.3

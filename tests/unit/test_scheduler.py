@@ -1,0 +1,56 @@
+"""The scheduler by itself: when running requests get their KV blocks, and who gets them when there are few."""
+
+from __future__ import annotations
+
+import pytest
+
+from graphexec import SamplingParams
+from graphexec.engine.blocks import BlockAllocator
+from graphexec.engine.request import Request
+from graphexec.engine.scheduler import ScheduledStep, Scheduler
+from graphexec.slots import SlotLimits
+
+BLOCK_SIZE = 16
+LIMITS = SlotLimits(max_slots=16, max_tokens=512, max_rows=272, block_size=BLOCK_SIZE, max_stop_ids=1)
+DEPTH = 1
+
+
+def request(name: str, prompt_len: int) -> Request:
+    return Request(name, (5,) * prompt_len, SamplingParams(max_tokens=400, temperature=0.0), (), 0, 410, None)
+
+
+def steps(scheduler: Scheduler, first: int, count: int) -> list[ScheduledStep]:
+    """`count` steps in which every request yields a token, collected `DEPTH` steps late."""
+    taken = []
+    for number in range(first, first + count):
+        step = scheduler.schedule(number, number - 1 - DEPTH)
+        assert step is not None
+        taken.append(step)
+    return taken
+
+
+def test_most_decode_steps_carry_no_delta() -> None:
+    """Sixteen requests come to the ends of their blocks in sixteen different steps; two uploads a block serve them."""
+    scheduler = Scheduler(LIMITS, BlockAllocator(1000), LIMITS.max_rows, lookahead=DEPTH + 1)
+    for index in range(16):
+        scheduler.add(request(str(index), 1 + index))
+    prefill = 0
+    while scheduler.wants_chunks:
+        steps(scheduler, prefill, 1)
+        prefill += 1
+    decoding = steps(scheduler, prefill, 8 * BLOCK_SIZE)
+    assert all(step.decodes.sum() == 16 for step in decoding)
+    assert 0 < sum(step.plan.delta is not None for step in decoding) <= 2 * 8
+
+
+@pytest.mark.parametrize("order", [(14, 9), (9, 14)])
+def test_the_last_free_block_goes_to_the_slot_that_needs_it_first(order: tuple[int, int]) -> None:
+    allocator = BlockAllocator(1 + 3)
+    scheduler = Scheduler(LIMITS, allocator, LIMITS.max_rows, lookahead=DEPTH + 1)
+    requests = [request(str(length), length) for length in order]
+    for each in requests:
+        scheduler.add(each)
+    for number in range(12):
+        scheduler.schedule(number, number - 1 - DEPTH)
+    assert {each.request_id: len(each.blocks) for each in requests} == {"14": 2, "9": 1}
+    assert allocator.free == 0
