@@ -139,11 +139,12 @@ class _Run:
             yield engine
 
     def _decode(self, batch: int, prompt: int, depth: int) -> None:
-        plan, short, long = self._plan, *self._plan.tokens
+        plan = self._plan
+        short, long = plan.tokens_for(batch, prompt)
         prompts = random_prompts(batch, prompt, plan.shape.vocab_size)
         expected = self._eager_tokens(batch, prompt, prompts)
         contexts = Contexts(batch, prompt + short - 1, prompt + long)
-        row: Row = {"batch": batch, "prompt_tokens": prompt, "depth": depth}
+        row: Row = {"batch": batch, "prompt_tokens": prompt, "tokens": (short, long), "depth": depth}
         self._rows.append(row)
         with self._engine("cudagraph", batch, depth) as engine:
             timed_generate(engine, prompts, max(short // 2, 2))  # warm
@@ -157,7 +158,7 @@ class _Run:
                     seconds.append(taken)
                     differing.append(_differing(given, expected))
                 bare.append(replay_back_to_back(inside(engine), contexts, long - short)[0])
-            slope = Slope(plan.tokens, shorts, longs)
+            slope = Slope((short, long), shorts, longs)
             bare_ms = statistics.median(bare)
             row |= {
                 "decode_step_ms": slope.step_ms,
@@ -179,12 +180,12 @@ class _Run:
     def _eager_tokens(self, batch: int, prompt: int, prompts: list[list[int]]) -> list[list[int]]:
         """What the timed runs must give; the eager backend's own step comes out on the way."""
         if (batch, prompt) not in self._eager:
-            short, long = self._plan.tokens
+            short, long = self._plan.tokens_for(batch, prompt)
             with self._engine("eager", batch, depth=1) as engine:
                 timed_generate(engine, prompts, 2)
                 short_s, _ = timed_generate(engine, prompts, short)
                 long_s, self._eager[batch, prompt] = timed_generate(engine, prompts, long)
-            slope = Slope(self._plan.tokens, [short_s], [long_s])
+            slope = Slope((short, long), [short_s], [long_s])
             self._eager_rows.append(
                 {"batch": batch, "prompt_tokens": prompt, "decode_step_ms": slope.step_ms, "samples": slope.samples()}
             )
@@ -193,7 +194,7 @@ class _Run:
     def _windows(self, row: Row, engine: Engine, prompts: list[list[int]]) -> None:
         plan = self._plan
         steps = (plan.tokens[1] - plan.tokens[0]) // (2 * plan.repeats)
-        with steady_decode(engine, prompts, plan.tokens[1]):
+        with steady_decode(engine, prompts, plan.tokens_for(len(prompts), len(prompts[0]))[1]):
             windows = [window(engine, len(prompts), steps) for _ in range(plan.repeats)]
         for name in ("host_us", "wait_us", "step_us"):
             row[name] = statistics.median(getattr(each, name) for each in windows)
@@ -207,7 +208,7 @@ class _Run:
             for _ in range(count):
                 engine.step()
 
-        with steady_decode(engine, prompts, plan.tokens[1]):
+        with steady_decode(engine, prompts, plan.tokens_for(len(prompts), len(prompts[0]))[1]):
             spans = device_spans(steps)
         row |= step_gaps(spans).as_dict()
 

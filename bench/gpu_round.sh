@@ -5,6 +5,7 @@
 #   bench, bench-8b               decode steps at every batch and depth, by shape; capture
 #   context, context-8b           the same with prompts of 1,000 and 8,000 tokens
 #   startup                       process start to first token, by compile mode, cold and warm
+#   kernels                       attention over splits and tiles, sampling by variant
 #   calls                         what the host, the driver and single replays cost (pytest-benchmark)
 #   peer-unpack                   puts away what lies in .peer/a and .peer/b (bench/peers/vllm/pack.sh), and sets vLLM up
 #                                 once both have come: they are too large to travel together
@@ -18,7 +19,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-rounds="tests|bench|bench-8b|context|context-8b|startup|calls|peer-unpack|peer|peer-8b|peer-context|peer-torch"
+rounds="tests|bench|bench-8b|context|context-8b|startup|kernels|calls|peer-unpack|peer|peer-8b|peer-context|peer-torch"
 round=${1:-}
 if [[ -z $round || $round == *"|"* || "|$rounds|" != *"|$round|"* ]]; then
   echo "usage: bench/gpu_round.sh $rounds" >&2
@@ -106,6 +107,11 @@ context-8b() { decode 4.8 context-qwen3-8b --shape qwen3-8b --batch 1,8,64 --pro
 startup() {
   part "startup" 400 python3 -m bench.startup --shape qwen3-0.6b --compile layer,model,off --minutes 4.5 \
     --json "$OUT/startup-qwen3-0.6b.json"
+}
+
+kernels() {
+  part "attention" 250 python3 -m bench.attention_sweep --minutes 3.5 --json "$OUT/attention.json"
+  part "sampling" 120 python3 -m bench.sampling_sweep --json "$OUT/sampling.json"
 }
 
 calls() {

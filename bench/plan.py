@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from bench.method import BATCHES, TOKENS, integers
+from bench.method import BATCHES, TOKENS, integers, lengths_for
 from bench.shapes import SHAPES, Shape
 from graphexec.config import CompileMode, Device
 
@@ -25,7 +25,7 @@ class Plan:
         shape: see bench.shapes.
         batches: requests that decode together.
         depths: overlap depths.
-        tokens: output tokens of a short and of a long run.
+        tokens: output tokens of a short and of a long run, at least; see `tokens_for`.
         prompts: lengths of the prompts, tokens; none for the shape's own.
         repeats: runs of each length.
         traced_steps: steps in a trace; 0 for none.
@@ -56,11 +56,16 @@ class Plan:
     @property
     def max_model_len(self) -> int:
         """Longest prompt plus output that the engine must take, tokens."""
-        return max(self.shape.max_model_len, max(self.lengths) + self.tokens[1] + _SPARE_TOKENS)
+        longest = max(prompt + self.tokens_for(batch, prompt)[1] for batch, prompt in self.loads())
+        return max(self.shape.max_model_len, longest + _SPARE_TOKENS)
+
+    def tokens_for(self, batch: int, prompt: int) -> tuple[int, int]:
+        """Output tokens of a short and of a long run under this load."""
+        return lengths_for(self.tokens, batch, prompt, self.shape.max_num_batched_tokens)
 
     def kv_tokens(self, batch: int, prompt: int) -> int:
         """Tokens of a long run that have keys and values at its end, over all requests."""
-        return batch * (prompt + self.tokens[1] + _SPARE_TOKENS)
+        return batch * (prompt + self.tokens_for(batch, prompt)[1] + _SPARE_TOKENS)
 
     def fits(self, batch: int, prompt: int) -> bool:
         return self.kv_gib is None or self.kv_tokens(batch, prompt) * self.shape.kv_bytes <= self.kv_gib * 2**30
@@ -118,8 +123,8 @@ def parse(arguments: list[str], description: str) -> tuple[Plan, Path | None]:
         device=given.device,
         minutes=given.minutes,
     )
-    if plan.max_model_len > plan.shape.most_positions:
-        parser.error(f"{plan.shape.name} has {plan.shape.most_positions} positions, and {plan.max_model_len} are asked")
     if not any(plan.loads()):
         parser.error("nothing fits into --kv-gib: " + "; ".join(plan.too_large()))
+    if plan.max_model_len > plan.shape.most_positions:
+        parser.error(f"{plan.shape.name} has {plan.shape.most_positions} positions, and {plan.max_model_len} are asked")
     return plan, given.json

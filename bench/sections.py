@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from bench.committed import Committed, Results, shown
+from bench.method import prefill_steps
 from bench.plots import PLOTS, Figure
+from bench.shapes import SHAPES
 
 __all__ = ["SECTIONS", "figures"]
 
@@ -68,6 +70,12 @@ def peers(committed: Committed) -> list[str]:
         ]
         lines += [*_table(["prompt", "batch", *(results["system"] for results in systems)], body), ""]
         lines += [f"- {each['system']}: {each['handicap']}" for each in systems if each["handicap"]]
+        hidden = sorted({(row["prompt_tokens"], row["batch"]) for each in systems for row in _unsteady(each)})
+        lines += [
+            f"- Left out: batch {batch} with prompts of {prompt:,} tokens, where the short runs ended before the last "
+            "prompt was computed."
+            for prompt, batch in hidden
+        ]
         if len({results.get("round") for results in systems}) > 1:
             lines.append("- Not all of these were measured in one run: the quotients hold to about 8 %.")
         lines += ["", _image(f"{name}.png"), ""]
@@ -97,6 +105,33 @@ def startup(committed: Committed) -> list[str]:
         ]
         lines.append("")
     return lines
+
+
+def attention(committed: Committed) -> list[str]:
+    results = committed.files.get("attention")
+    if results is None:
+        return []
+    chosen = [record for record in results["decode"] if record["chosen"] and "microseconds" in record]
+    heads = ("num_heads", "num_kv_heads", "head_dim")
+    names = ("batch", "context", "num_splits", "microseconds", "over_bytes")
+    head = ["heads / KV heads / size", "batch", "context", "splits", "µs", "over the time of its bytes"]
+    body = [
+        [" / ".join(str(record[name]) for name in heads), *(shown(record[name]) for name in names)] for record in chosen
+    ]
+    facts = f"{results['device']}, torch {results['torch']}, Triton {results['triton']}"
+    lines = [f"Decode, bytes at {results['bandwidth'] / 1e12:.2f} TB/s ({facts}):", "", *_table(head, body), ""]
+    dense = {_workload(each): each["microseconds"] for each in results["prefill"] if each["kernel"] != "paged_prefill"}
+    body = []
+    for record in results["prefill"]:
+        if record.get("chosen") and "microseconds" in record:
+            ours, torchs = record["microseconds"], dense[_workload(record)]
+            body.append([shown(each) for each in (*_workload(record), ours, torchs, ours / torchs)])
+    head = ["sequences", "chunk", "heads", "µs", "torch's causal attention, contiguous, µs", "quotient"]
+    return [*lines, "Prefill:", "", *_table(head, body), ""]
+
+
+def _workload(record: Results) -> tuple[int, int, int]:
+    return record["sequences"], record["chunk"], record["H"]
 
 
 def capture(committed: Committed) -> list[str]:
@@ -132,6 +167,7 @@ SECTIONS: dict[str, tuple[Callable[[Committed], list[str]], str]] = {
     "context": (context, "bench/gpu_round.sh context"),
     "startup": (startup, "bench/gpu_round.sh startup"),
     "capture": (capture, "bench/gpu_round.sh bench"),
+    "attention": (attention, "bench/gpu_round.sh kernels"),
 }
 """What makes a section, and the command that measures it."""
 
@@ -147,7 +183,10 @@ def figures(committed: Committed) -> list[Figure]:
         made.append(Figure(f"{name}.png", f"{results['shape']}: decode step on {results['device']}", lines))
     for name, systems in committed.peers().items():
         first = systems[0]
-        lines = {each["system"]: _line(each, "decode_step_ms", None) for each in systems}
+        lines = {
+            each["system"]: tuple(sorted((batch, step) for (_, batch), step in _steps(each).items()))
+            for each in systems
+        }
         made.append(Figure(f"{name}.png", f"{first['shape']}: decode step beside peers on {first['device']}", lines))
     return made
 
@@ -168,9 +207,23 @@ def _by_load(results: Results) -> dict[tuple[int, int], dict[int, Results]]:
     return dict(sorted(loads.items()))
 
 
+def _unsteady(results: Results) -> list[Results]:
+    """Rows whose slope is not one of full steps: see `lengths_for`, which the first measurements did without."""
+    tokens_per_step = SHAPES[results["shape"]].max_num_batched_tokens
+    return [
+        row
+        for row in results["decode"]
+        if row.get("tokens", results["plan"]["tokens"])[0]
+        < prefill_steps(row["batch"], row["prompt_tokens"], tokens_per_step)
+    ]
+
+
 def _steps(results: Results) -> dict[tuple[int, int], float]:
+    unsteady = _unsteady(results)
     rows = [
-        row for row in results["decode"] if row.get("depth", _OURS_DEPTH) == _OURS_DEPTH and "decode_step_ms" in row
+        row
+        for row in results["decode"]
+        if row.get("depth", _OURS_DEPTH) == _OURS_DEPTH and "decode_step_ms" in row and row not in unsteady
     ]
     return {(row["prompt_tokens"], row["batch"]): row["decode_step_ms"] for row in rows}
 

@@ -17,7 +17,16 @@ from typing import Protocol
 
 import torch
 
-from bench.method import BATCHES, TOKENS, Slope, integers, measure_slope, random_prompts, seconds_since_start
+from bench.method import (
+    BATCHES,
+    TOKENS,
+    Slope,
+    integers,
+    lengths_for,
+    measure_slope,
+    random_prompts,
+    seconds_since_start,
+)
 from bench.provenance import provenance
 from bench.shapes import SHAPES, Shape
 from bench.trace import device_spans, kernel_ns
@@ -42,7 +51,7 @@ class Load:
     Attributes:
         batches: requests that decode together.
         prompts: lengths of the prompts, tokens.
-        tokens: output tokens of a short and of a long run.
+        tokens: output tokens of a short and of a long run, at least; see `tokens_for`.
         repeats: runs of each length.
         traced: whether to trace two runs for `busy_ms`; needs a GPU.
         device: "cpu" or "cuda".
@@ -61,7 +70,11 @@ class Load:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt and its output."""
-        return max(self.prompts) + self.tokens[1]
+        return max(prompt + self.tokens_for(batch, prompt)[1] for prompt in self.prompts for batch in self.batches)
+
+    def tokens_for(self, batch: int, prompt: int) -> tuple[int, int]:
+        """Output tokens of a short and of a long run with so many prompts of this length."""
+        return lengths_for(self.tokens, batch, prompt, self.shape.max_num_batched_tokens)
 
 
 class Peer(Protocol):
@@ -171,16 +184,18 @@ def _row(peer: Peer, load: Load, batch: int, prompt: int) -> Results:
                 f"{len(given)} of {batch} requests have outputs; lengths other than {tokens}: {wrong[:4]}."
             )
 
-    slope = measure_slope(run, load.tokens, load.repeats)
+    tokens = load.tokens_for(batch, prompt)
+    slope = measure_slope(run, tokens, load.repeats)
     row: Results = {
         "batch": batch,
         "prompt_tokens": prompt,
+        "tokens": tokens,
         "decode_step_ms": slope.step_ms,
         "tokens_per_s": batch / slope.step_ms * 1e3,
         "samples": slope.samples(),
     }
     if load.traced:
-        lengths = load.tokens[0], (load.tokens[0] + load.tokens[1]) // 2  # the trace of a long run is long, too
+        lengths = tokens[0], (tokens[0] + tokens[1]) // 2  # the trace of a long run is long, too
         short, long = (kernel_ns(device_spans(lambda tokens=tokens: run(tokens))) / 1e9 for tokens in lengths)
         row["busy_ms"] = Slope(lengths, [short], [long]).step_ms
     return row

@@ -81,7 +81,7 @@ def continuous_batching(load: Load) -> Iterator[ContinuousBatching]:
         use_async_batching=on_gpu,
     )
     model = random_model(load, "paged|sdpa")
-    greedy = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=load.tokens[1])
+    greedy = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=load.longest - min(load.prompts))
     with model.continuous_batching_context_manager(
         generation_config=greedy, continuous_batching_config=config, timeout=30, warmup=on_gpu
     ) as manager:

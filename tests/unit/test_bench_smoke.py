@@ -77,7 +77,7 @@ def test_long_prompts_are_measured_where_their_keys_and_values_fit(tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prompt", "500"], "tiny has 512 positions, and 540 are asked"),
+        (["--prompt", "500"], "tiny has 512 positions, and 610 are asked"),
         (["--kv-gib", "0.000001"], "nothing fits into --kv-gib: batch 1, prompts of 12"),
         (["--tokens", "8,8"], "two rising numbers"),
         (["--batch", "one"], "invalid integers value"),

@@ -27,6 +27,7 @@ FACTS: Results = {
     "shape": "qwen3-0.6b",
     "system": "graphexec",
     "handicap": None,
+    "plan": {"tokens": [32, 288]},
     "skipped": [],
     "errors": [],
 }
@@ -52,7 +53,7 @@ DECODE: Results = FACTS | {
     "decode": [decode_row(1, 1, 1.6), decode_row(64, 1, 2.4), decode_row(1, 0, 1.9)],
     "eager": [{"batch": 1, "prompt_tokens": 128, "decode_step_ms": 9.25}],
     "capture": {"again": CAPTURE},
-    "plan": {"batches": [1, 64]},
+    "plan": {"batches": [1, 64], "tokens": [32, 288]},
 }
 PEER: Results = FACTS | {
     "system": "vllm 0.26.0",
@@ -78,6 +79,21 @@ FILES: dict[str, Results] = {
     "startup-qwen3-0.6b": STARTUP,
     "peer-qwen3-0.6b-vllm": PEER,
     "peer-qwen3-0.6b-graphexec": FACTS | {"decode": [decode_row(1, 1, 1.6)], "eager": []},
+}
+ATTENTION: Results = {
+    "device": "NVIDIA H200",
+    "torch": "2.11.0",
+    "triton": "3.6.0",
+    "bandwidth": 4.27e12,
+    "decode": [
+        {"batch": 64, "context": 300, "num_heads": 16, "num_kv_heads": 8, "head_dim": 128, "num_splits": splits}
+        | {"chosen": splits == 1, "microseconds": 25.0 * splits, "over_bytes": 1.36 * splits}
+        for splits in (1, 2)
+    ],
+    "prefill": [
+        {"sequences": 4, "chunk": 512, "H": 16, "kernel": kernel, "microseconds": time, "chosen": kernel != "torch"}
+        for kernel, time in (("torch", 20.0), ("paged_prefill", 30.0))
+    ],
 }
 README = "# A title\n\n" + "".join(f"<!-- bench:{name} -->\nold\n<!-- /bench -->\n\nbetween\n\n" for name in SECTIONS)
 
@@ -252,3 +268,25 @@ def test_no_other_file_passes_for_a_plot(tmp_path: Path) -> None:
 )
 def test_figures_are_shown_with_few_digits(value: float | None, text: str) -> None:
     assert shown(value) == text
+
+
+def test_attention_is_shown_as_it_is_chosen_beside_torchs_own() -> None:
+    text = section("attention", {"attention": ATTENTION})
+    assert "| 16 / 8 / 128 | 64 | 300 | 1 | 25.0 | 1.36 |" in text
+    assert "50.0" not in text
+    assert "| 4 | 512 | 16 | 30.0 | 20.0 | 1.50 |" in text
+
+
+def test_a_slope_whose_short_run_ends_before_the_last_prompt_is_computed_is_left_out() -> None:
+    def peer(**row: object) -> Results:
+        return FACTS | {
+            "system": "a peer",
+            "decode": [{"batch": 256, "prompt_tokens": 1000, "decode_step_ms": 8.5} | row],
+        }
+
+    hidden = section("peers", {"peer-context-peer": peer()})
+    assert "8.5" not in hidden
+    assert "- Left out: batch 256 with prompts of 1,000 tokens" in hidden
+    shown = section("peers", {"peer-context-peer": peer(tokens=[160, 416])})
+    assert "| 1,000 | 256 | 8.50 |" in shown
+    assert "Left out" not in shown

@@ -6,6 +6,7 @@ import pytest
 
 from graphexec import SamplingParams
 from graphexec.engine.blocks import BlockAllocator
+from graphexec.engine.prefix_cache import PrefixCache
 from graphexec.engine.request import Request
 from graphexec.engine.scheduler import ScheduledStep, Scheduler
 from graphexec.slots import SlotLimits
@@ -54,3 +55,18 @@ def test_the_last_free_block_goes_to_the_slot_that_needs_it_first(order: tuple[i
         scheduler.schedule(number, number - 1 - DEPTH)
     assert {each.request_id: len(each.blocks) for each in requests} == {"14": 2, "9": 1}
     assert allocator.free == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "cached"),
+    [({}, 32), ({"stop_sequences": [[7, 8]]}, 0), ({"repetition_penalty": 1.5}, 0), ({"prompt_logprobs": 1}, 0)],
+)
+def test_who_needs_every_token_on_the_device_reads_no_cached_blocks(changes: dict[str, object], cached: int) -> None:
+    scheduler = Scheduler(LIMITS, BlockAllocator(100, PrefixCache()), LIMITS.max_rows, lookahead=DEPTH + 1)
+    scheduler.add(request("first", 40))
+    steps(scheduler, 0, 1)
+    second = request("second", 40)
+    second.params = SamplingParams(max_tokens=400, temperature=0.0, **changes)
+    scheduler.add(second)
+    steps(scheduler, 1, 1)
+    assert scheduler.prefix_cached_tokens == cached
