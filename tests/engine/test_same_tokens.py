@@ -83,6 +83,13 @@ def assert_same(actual: Outcome, expected: Outcome, was_aborted: bool, tolerance
     assert_same_logprobs(actual.prompt_logprobs, expected.prompt_logprobs, tolerance)
 
 
+def assert_as_alone(alone: Engine, arrivals: list[Arrival], outcomes: list[Outcome]) -> None:
+    """Fails unless each of `outcomes` is what its request gives by itself; of an aborted one, the beginning."""
+    for arrival, outcome in zip(arrivals, outcomes, strict=True):
+        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
+        assert_same(outcome, expected, arrival.abort_after is not None)
+
+
 def assert_same_logprobs(
     actual: tuple[PlainLogprob | None, ...] | None,
     expected: tuple[PlainLogprob | None, ...] | None,
@@ -103,9 +110,7 @@ def assert_same_logprobs(
 @given(arrivals=traffic())
 def test_a_request_gets_the_tokens_it_gets_alone(engine: Engine, alone: Engine, arrivals: list[Arrival]) -> None:
     outcomes = replay(engine, arrivals)
-    for arrival, outcome in zip(arrivals, outcomes, strict=True):
-        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
-        assert_same(outcome, expected, arrival.abort_after is not None)
+    assert_as_alone(alone, arrivals, outcomes)
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +176,7 @@ def test_a_request_that_shares_its_prefix_gets_the_tokens_it_gets_alone(
     engine: Engine, alone: Engine, arrivals: list[Arrival]
 ) -> None:
     outcomes = replay(engine, arrivals)
-    for arrival, outcome in zip(arrivals, outcomes, strict=True):
-        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
-        assert_same(outcome, expected, arrival.abort_after is not None)
+    assert_as_alone(alone, arrivals, outcomes)
 
 
 def test_requests_get_their_tokens_that_share_a_prefix_in_the_very_step_that_computes_it(
@@ -201,9 +204,7 @@ def test_chunks_whose_rows_are_padded_to_the_bucket_choose_the_right_logits(
 ) -> None:
     """With 16 slots and more, rows and slots of a mixed step can be padded to the same number, which says nothing."""
     outcomes = replay(crowded, arrivals)
-    for arrival, outcome in zip(arrivals, outcomes, strict=True):
-        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
-        assert_same(outcome, expected, arrival.abort_after is not None)
+    assert_as_alone(alone, arrivals, outcomes)
 
 
 @pytest.fixture(scope="module")
@@ -221,9 +222,7 @@ def test_a_short_prompt_beside_nine_decoding_requests_gets_its_own_logits(crowde
     params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     decoding = [Arrival(0, (5 + index, 6), params) for index in range(9)]
     late = Arrival(6, (40, 41, 42), params)  # bound 10, bucket 16; 9 rows decode and 3 are a chunk, padded to 16
-    for arrival, outcome in zip([*decoding, late], replay(crowded, [*decoding, late]), strict=True):
-        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
-        assert_same(outcome, expected, was_aborted=False)
+    assert_as_alone(alone, [*decoding, late], replay(crowded, [*decoding, late]))
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 4])
@@ -245,9 +244,7 @@ def test_a_preempted_request_continues_where_it_was(checkpoint: Path, alone: Eng
     with make_engine(checkpoint, "cudagraph", depth, 20) as engine:
         outcomes = replay(engine, arrivals)
         assert engine.stats().preemptions > 0
-    for arrival, outcome in zip(arrivals, outcomes, strict=True):
-        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
-        assert_same(outcome, expected, was_aborted=False)
+    assert_as_alone(alone, arrivals, outcomes)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 4])
@@ -268,9 +265,7 @@ def test_a_preempted_request_keeps_all_that_its_user_set(checkpoint: Path, alone
     with make_engine(checkpoint, "cudagraph", depth, 20) as engine:
         outcomes = replay(engine, arrivals)
         assert engine.stats().preemptions > 0
-    for arrival, outcome in zip(arrivals, outcomes, strict=True):
-        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
-        assert_same(outcome, expected, was_aborted=False)
+    assert_as_alone(alone, arrivals, outcomes)
 
 
 def test_prompt_logprobs_are_those_of_the_own_rows_beside_chunks_of_others(engine: Engine, alone: Engine) -> None:
@@ -278,9 +273,7 @@ def test_prompt_logprobs_are_those_of_the_own_rows_beside_chunks_of_others(engin
     reported = replace(plain, prompt_logprobs=1)
     prompts = [(5, 6, 7), (30,), (40, 41, 42, 43), (50, 51, 52, 53, 54)]
     arrivals = [Arrival(0, prompt, reported if index % 2 else plain) for index, prompt in enumerate(prompts)]
-    for arrival, outcome in zip(arrivals, replay(engine, arrivals), strict=True):
-        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
-        assert_same(outcome, expected, was_aborted=False)
+    assert_as_alone(alone, arrivals, replay(engine, arrivals))
 
 
 def test_newcomers_whose_biases_and_sequences_do_not_fit_into_one_step_come_one_after_the_other(
@@ -294,9 +287,7 @@ def test_newcomers_whose_biases_and_sequences_do_not_fit_into_one_step_come_one_
     ]
     with make_engine(checkpoint, "cudagraph", 1, 200) as engine:
         outcomes = replay(engine, arrivals)
-    for arrival, outcome in zip(arrivals, outcomes, strict=True):
-        (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
-        assert_same(outcome, expected, was_aborted=False)
+    assert_as_alone(alone, arrivals, outcomes)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
