@@ -192,9 +192,7 @@ def test_requests_get_their_tokens_that_share_a_prefix_in_the_very_step_that_com
         engine.step()  # 9 rows of the first prompt, and 1, 2 and 3 of the others
         assert engine.stats().prefix_cached_tokens == 3 * 8
     with make_engine(checkpoint, "cudagraph", 1, 200) as engine:
-        for arrival, outcome in zip(arrivals, replay(engine, arrivals), strict=True):
-            (expected,) = replay(alone, [Arrival(0, arrival.prompt, arrival.params)])
-            assert_same(outcome, expected, was_aborted=False)
+        assert_as_alone(alone, arrivals, replay(engine, arrivals))
 
 
 @settings(max_examples=6, deadline=None)
