@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from graphexec.deltas import Admission
 from graphexec.engine.request import Request
-from graphexec.slots import Admission
 
 __all__ = ["admission"]
 

@@ -8,11 +8,12 @@ import torch
 
 from graphexec.backends import bucket_sizes, create_backend
 from graphexec.config import BackendConfig
+from graphexec.deltas import Admission, SlotDeltas
 from graphexec.engine.program import DecoderProgram
 from graphexec.errors import ConfigError
 from graphexec.plan import StepPlan
 from graphexec.runtime import Runtime
-from graphexec.slots import Admission, SlotDeltas, SlotLimits
+from graphexec.slots import SlotLimits
 
 __all__ = ["measure_num_blocks", "minimal_num_blocks"]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from graphexec.deltas import Admission, SlotDeltas
 from graphexec.engine.admission import admission
 from graphexec.engine.blocks import BlockAllocator
 from graphexec.engine.logprobs import PROMPT_LOGPROBS, PromptChunk
@@ -19,7 +20,7 @@ from graphexec.engine.prefix_cache import NO_PREFIX, Prefix
 from graphexec.engine.request import Request
 from graphexec.kernels.sample import SamplerVariant
 from graphexec.plan import StepPlan, StepResult
-from graphexec.slots import Admission, SlotDeltas, SlotLimits
+from graphexec.slots import SlotLimits
 
 __all__ = ["ScheduledStep", "Scheduler"]
 

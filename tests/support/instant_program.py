@@ -14,6 +14,7 @@ import torch
 
 from graphexec.backends.stepping import EagerLauncher, open_pipeline
 from graphexec.config import BackendConfig
+from graphexec.deltas import Admission, SlotDeltas
 from graphexec.kernels.prepare import prepare
 from graphexec.kernels.update import update
 from graphexec.pipeline import Pipeline, PipelineHandle
@@ -21,7 +22,7 @@ from graphexec.plan import DeviceIO, GraphKey, Int32Array, RecordLayout, StepPla
 from graphexec.runtime import CpuRuntime, Stream
 from graphexec.runtime.base import Pool
 from graphexec.runtime.cpu import CpuEvent, CpuGraph, CpuStream
-from graphexec.slots import Admission, SlotDeltas, SlotLimits, SlotState
+from graphexec.slots import SlotLimits, SlotState
 
 VOCABULARY = 1000
 STOP_TOKEN = 999

@@ -11,12 +11,13 @@ from dataclasses import dataclass, fields, replace
 import torch
 from hypothesis import strategies as st
 
+from graphexec.deltas import Admission, SlotDeltas
 from graphexec.kernels.apply import ADMIT, ARM, HEADER_WORDS, RELEASE, apply_deltas_reference, apply_deltas_triton
 from graphexec.kernels.prepare import prepare_reference, prepare_triton
 from graphexec.kernels.state import SlotTensors, StepTensors
 from graphexec.kernels.update import update_reference, update_triton
 from graphexec.plan import FinishCode, RecordLayout
-from graphexec.slots import Admission, SlotDeltas, SlotLimits
+from graphexec.slots import SlotLimits
 
 POISON = -7777
 NOWHERE = 2**28  # what block tables hold beyond a slot's blocks

@@ -14,11 +14,11 @@ import torch
 from examples.collatz import Collatz
 from graphexec.backends import BackendStats, ExecutionBackend, create_backend
 from graphexec.config import BackendConfig
+from graphexec.deltas import SlotDeltas
 from graphexec.errors import CaptureError, ConfigError, DeviceError, GraphexecError, StepTimeout
 from graphexec.plan import GraphKey, StepPlan, StepResult
 from graphexec.rings import RING_SLOTS
 from graphexec.runtime import CpuRuntime
-from graphexec.slots import SlotDeltas
 from tests.support.instant_program import (
     DECODE,
     PATIENCE_S,

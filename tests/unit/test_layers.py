@@ -23,6 +23,7 @@ RANKS = {
     "controller": 1,
     "rings": 1,
     "slots": 1,
+    "deltas": 1,
     "pipeline": 2,
     "backends": 2,
     "engine": 3,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pytest
 
 from graphexec.capture.buckets import BucketTable
+from graphexec.deltas import SlotDeltas
 from graphexec.engine.blocks import BlockAllocator
 from graphexec.engine.params import SamplingParams
 from graphexec.engine.request import Request
@@ -20,7 +21,6 @@ from graphexec.engine.scheduler import Scheduler
 from graphexec.errors import BucketOverflowError, ConfigError, DeviceError, PipelineFull, StepTimeout
 from graphexec.plan import FinishCode, GraphKey, StepPlan
 from graphexec.rings import RING_SLOTS
-from graphexec.slots import SlotDeltas
 from tests.support.instant_program import (
     DECODE,
     PATIENCE_S,

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graphexec.deltas import Admission, SlotDeltas
 from graphexec.kernels.apply import apply_deltas_reference
 from graphexec.kernels.state import SlotTensors
-from graphexec.slots import Admission, SlotDeltas, SlotLimits, SlotState
+from graphexec.slots import SlotLimits, SlotState
 from tests.support.step_cases import POISON, apply_cases, check_apply
 
 LIMITS = SlotLimits(max_slots=4, max_tokens=64, max_rows=64, block_size=8, max_stop_ids=3)
