@@ -18,7 +18,9 @@ except ImportError:  # the CPU build of torch does not bring Triton; the referen
     class _Missing:
         """Stands where `triton` and `triton.language` would: decorates kernels, and refuses to launch them."""
 
-        constexpr = None
+        @staticmethod
+        def constexpr(value: object) -> object:
+            return value
 
         @staticmethod
         def jit(function: object = None, **_: object) -> object:

@@ -164,10 +164,10 @@ class Scheduler:
         wanted = np.minimum(ahead + size // 2, self._limit - 1)
         short = np.flatnonzero(decodes & (wanted > self._capacity))
         counts = -(-(wanted - self._capacity)[short] // size)
-        if counts.sum() > free:
-            order = np.argsort((self._capacity - self._scheduled)[short])  # the neediest first
-            order = order[np.cumsum(counts[order]) <= free]
-            short, counts = short[order], counts[order]
+        if counts.sum() > free:  # one for each, the neediest first
+            order = np.argsort((self._capacity - self._scheduled)[short])
+            short = short[order[:free]]
+            counts = np.ones_like(short)
         blocks = self._allocator.take(int(counts.sum()))
         assert blocks is not None
         deltas.grow(short, self._capacity[short] // size, counts, blocks)

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graphexec.kernels.sample import SampleOutput, SamplerVariant, sample
+from tests.support.penalty_cases import check_penalties_of_long_sequences
 from tests.support.sampling_cases import (
     KNOWN_ANSWERS,
     check_kernel_agrees_with_reference,
@@ -51,6 +52,10 @@ def test_the_kernel_agrees_with_the_reference(variant, data):
 @given(case=sampling_cases(DTYPES, VOCABULARIES))
 def test_a_row_ignores_its_batch(case):
     check_rows_ignore_their_batch(case, "cuda")
+
+
+def test_tables_of_counts_serve_one_row_after_the_other():
+    check_penalties_of_long_sequences(200, "cuda")  # three or four rows to a table
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -236,3 +236,11 @@ def _assert_no_circle(graph: Mapping[str, set[str]]) -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as circle:
         pytest.fail(f"circle: {' -> '.join(circle.args[1])}")
+
+
+def test_everything_imports_without_triton() -> None:
+    """Its kernels cannot be launched then, and the references need none."""
+    names = sorted(modules().keys() - {"graphexec.__main__"})
+    code = f"import sys, importlib; sys.modules['triton'] = None\nfor name in {names}: importlib.import_module(name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

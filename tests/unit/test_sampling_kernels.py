@@ -14,6 +14,7 @@ from graphexec.kernels.adjust import adjust_reference, adjust_triton
 from graphexec.kernels.philox import philox_reference, uniform_reference
 from graphexec.kernels.sample import SampleOutput, SamplerVariant, sample, sample_reference
 from graphexec.kernels.thresholds import cut_reference
+from tests.support.penalty_cases import check_penalties_of_long_sequences
 from tests.support.sampling_cases import (
     KNOWN_ANSWERS,
     POISON,
@@ -222,15 +223,21 @@ def test_penalties_over_sequences_around_the_tile_adjust_every_id_once(dtype, kn
     generator = torch.Generator().manual_seed(known)
     ids = torch.randint(40, (known,), generator=generator).tolist()
     state = make_state(
-        2, tokens=[ids, ids[::-1]], num_tokens=known, prompt_len=[known // 3, 0],
-        repetition_penalty=[1.25, 1.0], frequency_penalty=[0.0, 0.25],
+        3, tokens=[ids, ids[::-1], ids], num_tokens=known, prompt_len=[known // 3, 0, known // 2],
+        repetition_penalty=[1.25, 1.0, 1.0], frequency_penalty=[0.0, 0.25, 0.0], presence_penalty=[0.0, 0.0, 0.5],
     )  # fmt: skip
-    logits = torch.randn(2, 50, generator=generator).to(dtype)
-    case = SamplingCase(logits, torch.tensor([1, 0], dtype=torch.int32), state)
+    logits = torch.randn(3, 50, generator=generator).to(dtype)
+    case = SamplingCase(logits, torch.tensor([1, 2, 0], dtype=torch.int32), state)
     for run in (adjust_reference, adjust_triton):
         adjusted = logits.clone()
         run(adjusted, case.slots, state)
-        assert torch.equal(adjusted, torch.stack([adjusted_row(case, 0), adjusted_row(case, 1)]))
+        assert torch.equal(adjusted, torch.stack([adjusted_row(case, row) for row in range(3)]))
+
+
+@needs_interpreter
+def test_tables_of_counts_serve_one_row_after_the_other(monkeypatch):
+    monkeypatch.setattr(adjust, "_PROGRAMS", 2)
+    check_penalties_of_long_sequences(5, "cpu")
 
 
 @needs_interpreter

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from graphexec import SamplingParams
@@ -16,8 +18,8 @@ LIMITS = SlotLimits(max_slots=16, max_tokens=512, max_rows=272, block_size=BLOCK
 DEPTH = 1
 
 
-def request(name: str, prompt_len: int) -> Request:
-    return Request(name, (5,) * prompt_len, SamplingParams(max_tokens=400, temperature=0.0), (), 0, 410, None)
+def request(name: str, prompt_len: int, max_len: int = 410) -> Request:
+    return Request(name, (5,) * prompt_len, SamplingParams(max_tokens=400, temperature=0.0), (), 0, max_len, None)
 
 
 def steps(scheduler: Scheduler, first: int, count: int) -> list[ScheduledStep]:
@@ -55,6 +57,27 @@ def test_the_last_free_block_goes_to_the_slot_that_needs_it_first(order: tuple[i
         scheduler.schedule(number, number - 1 - DEPTH)
     assert {each.request_id: len(each.blocks) for each in requests} == {"14": 2, "9": 1}
     assert allocator.free == 0
+
+
+def test_a_slot_that_wants_two_blocks_gets_the_only_free_one() -> None:
+    """Else it would park beside a free block, and nobody would be preempted for it: none is missing."""
+    limits = replace(LIMITS, block_size=8)
+    scheduler = Scheduler(limits, BlockAllocator(1 + 2), limits.max_rows, lookahead=4)
+    only = request("only", 8)
+    scheduler.add(only)
+    steps(scheduler, 0, 2)
+    assert len(only.blocks) == 2
+
+
+@pytest.mark.parametrize(("max_len", "blocks"), [(BLOCK_SIZE + 1, 1), (BLOCK_SIZE + 2, 2), (3 * BLOCK_SIZE, 3)])
+def test_nobody_gets_a_block_that_it_cannot_fill(max_len: int, blocks: int) -> None:
+    """The last token that is sampled is not computed, so its KV needs no place."""
+    scheduler = Scheduler(LIMITS, BlockAllocator(100), LIMITS.max_rows, lookahead=DEPTH + 1)
+    only = request("only", 4, max_len)
+    scheduler.add(only)
+    steps(scheduler, 0, 1 + max_len - 4 - 1)
+    assert scheduler.schedule(max_len, max_len) is None  # it has computed what it may
+    assert len(only.blocks) == blocks
 
 
 @pytest.mark.parametrize(
