@@ -30,7 +30,7 @@ CONTEXTS = (300, 1000, 8000)
 CHUNKS = (512, 2048)
 DECODE_TILES = tuple(
     DecodeTile(*tile)
-    for tile in ((32, 4, 5), (64, 4, 3), (64, 4, 5), (64, 8, 5), (128, 4, 3), (128, 8, 3), (128, 8, 5))
+    for tile in ((32, 1, 4), (32, 2, 3), (32, 4, 4), (64, 2, 3), (64, 2, 4), (64, 4, 2), (64, 4, 3), (128, 4, 3))
 )
 PREFILL_TILES = tuple(
     PrefillTile(*tile)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from graphexec.kernels.apply import ADMIT, ARM, ENTRY_FIELDS, HEADER_WORDS, RELEASE
+from graphexec.kernels.apply import ADMIT, ARM, BLOCKS_FIELD, ENTRY_FIELDS, HEADER_WORDS, RELEASE
 from graphexec.plan import Int32Array
 from graphexec.slots import SlotLimits
 
@@ -111,7 +111,7 @@ class SlotDeltas:
         delta.blocks.extend(blocks)
 
     def grow(self, slots: IntArray, first_blocks: IntArray, counts: IntArray, blocks: Sequence[int]) -> None:
-        """`supply` for many running slots at once, as almost every step does; `blocks` lie slot behind slot.
+        """`supply` for many running slots at once, without an object for each; `blocks` lie slot behind slot.
 
         At most once a batch, which then holds nothing else for these slots.
         """
@@ -150,8 +150,9 @@ class SlotDeltas:
         grown = entries[: len(growth.slots)]
         grown[:, :ENTRY_FIELDS] = 0
         grown[:, 0] = growth.slots
-        grown[:, 21], grown[:, 22] = growth.first_blocks, growth.counts
-        grown[:, 23] = np.cumsum(growth.counts) - growth.counts
+        offsets = np.cumsum(growth.counts) - growth.counts
+        for field_at, values in enumerate((growth.first_blocks, growth.counts, offsets), BLOCKS_FIELD):
+            grown[:, field_at] = values
         payload += growth.blocks
 
     def _pack_deltas(self, entries: Int32Array, payload: list[int]) -> None:
@@ -166,7 +167,7 @@ class SlotDeltas:
             if delta.admission is not None:
                 self._pack_admission(entries[index], delta.admission, payload)
         entries[:, : len(heads[0])] = heads
-        entries[:, ENTRY_FIELDS - len(tails[0]) : ENTRY_FIELDS] = tails
+        entries[:, BLOCKS_FIELD:ENTRY_FIELDS] = tails
 
     def _of(self, slot: int) -> _SlotDelta:
         delta = self._deltas.get(slot)

@@ -7,8 +7,8 @@ Definition, for each token id of a row, in float32 (float64 for float64 logits):
 Steps 1 and 2-3 each round to the type of the logits, which are changed in place.
 
 The counts are not kept from step to step: the kernel counts the known tokens of a sequence anew, in a table of the
-vocabulary that it clears as it reads. So a request without penalties costs neither memory nor time, one with them no
-memory, and nothing has to be kept right when a request is preempted and computed again.
+vocabulary that it clears as it reads. So no request has memory of its own for them, one without penalties is passed
+over, and nothing has to be kept right when a request is preempted and computed again.
 """
 
 from __future__ import annotations

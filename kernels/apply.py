@@ -10,6 +10,7 @@ from graphexec.kernels.state import SlotTensors
 __all__ = [
     "ADMIT",
     "ARM",
+    "BLOCKS_FIELD",
     "ENTRY_FIELDS",
     "HEADER_WORDS",
     "RELEASE",
@@ -27,6 +28,9 @@ slot, flags, query_len | seq_len, num_tokens, prompt_len, max_len, min_len | tem
 seed low, seed high | repetition, presence and frequency penalty | biases, their payload offset (ids, then values) |
 stop sequences, their payload offset (W words each) | first block, blocks, their payload offset | first token, tokens,
 their payload offset."""
+
+BLOCKS_FIELD = 21
+"""The word of an entry with which its first block, blocks and their payload offset begin."""
 
 ADMIT = 1
 """The slot gets a new owner: lengths, sampling and stop parameters are set, its block table starts empty."""

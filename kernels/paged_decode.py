@@ -53,14 +53,17 @@ def choose_decode_tile(head_dim: int, group: int, element_size: int) -> DecodeTi
 
     At most 16 KiB of keys and three stages, so that two or three programs share a multiprocessor: their number hides
     the latency better than a deeper pipeline does. Two warps hold what a small group accumulates; more only wait for
-    each other (bench/attention_sweep.py: 64 tokens, 2 warps, 3 stages is best or within 4 % of it at every batch and
-    context tried). float32 multiplies on the ordinary cores, and spills with less than eight.
+    each other (bench/attention_sweep.py: 64 tokens, 2 warps, 3 stages is best or within 7 % of it at every batch and
+    context tried). float32 multiplies on the ordinary cores, and spills with fewer than eight.
     """
     row_bytes = triton.next_power_of_2(head_dim) * element_size
-    half_warps = 2 if group <= 16 and head_dim <= 128 else 4
-    return DecodeTile(
-        block_n=max(16, min(64, 16384 // row_bytes)), num_warps=8 if element_size > 2 else half_warps, num_stages=3
-    )
+    if element_size > 2:
+        num_warps = 8
+    elif group <= 16 and head_dim <= 128:
+        num_warps = 2
+    else:
+        num_warps = 4
+    return DecodeTile(block_n=max(16, min(64, 16384 // row_bytes)), num_warps=num_warps, num_stages=3)
 
 
 def paged_decode(

@@ -98,6 +98,15 @@ def test_a_stop_id_before_the_minimum_length_does_not_stop() -> None:
     check_update(StepCase(LIMITS, (too_early, in_time), 2, 2, sampled=(9, 9), nan=(0, 0)), "cpu")
 
 
+def finish_after_token_one(case: StepCase) -> int:
+    """How the only slot of `case` stands after a step that samples the token 1."""
+    slots, step = case.slot_tensors(), poisoned_step(LIMITS, "cpu")
+    prepare(slots, step, 1, 1, LIMITS.block_size)
+    ring, zero = torch.zeros(8, RecordLayout(4).words, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    update(slots, step, torch.ones(1, dtype=torch.int32), zero, ring, zero.clone(), LIMITS.block_size)
+    return int(ring[0, 12])
+
+
 @pytest.mark.parametrize("prompt_len", [1, 2, 3])
 def test_a_stop_sequence_counts_only_what_lies_in_the_output(prompt_len: int) -> None:
     """The slot knows 4 tokens and gets the token 1; the sequence begins at the third of them."""
@@ -105,11 +114,7 @@ def test_a_stop_sequence_counts_only_what_lies_in_the_output(prompt_len: int) ->
     slot = replace(DECODING, prompt_len=prompt_len, stop_sequences=((*tokens, 1),))
     case = StepCase(LIMITS, (slot,), 1, 1, sampled=(1,), nan=(0,))
     check_update(case, "cpu")
-    slots, step = case.slot_tensors(), poisoned_step(LIMITS, "cpu")
-    prepare(slots, step, 1, 1, LIMITS.block_size)
-    ring, zero = torch.zeros(8, RecordLayout(4).words, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    update(slots, step, torch.ones(1, dtype=torch.int32), zero, ring, zero.clone(), LIMITS.block_size)
-    assert ring[0, 12] == (FinishCode.STOP if prompt_len <= 2 else FinishCode.RUNNING)
+    assert finish_after_token_one(case) == (FinishCode.STOP if prompt_len <= 2 else FinishCode.RUNNING)
 
 
 @pytest.mark.parametrize("min_len", [4, 5])
@@ -117,11 +122,7 @@ def test_a_stop_sequence_before_the_minimum_length_does_not_stop(min_len: int) -
     slot = replace(DECODING, min_len=min_len, stop_sequences=((1,),))
     case = StepCase(LIMITS, (slot,), 1, 1, sampled=(1,), nan=(0,))
     check_update(case, "cpu")
-    slots, step = case.slot_tensors(), poisoned_step(LIMITS, "cpu")
-    prepare(slots, step, 1, 1, LIMITS.block_size)
-    ring, zero = torch.zeros(8, RecordLayout(4).words, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    update(slots, step, torch.ones(1, dtype=torch.int32), zero, ring, zero.clone(), LIMITS.block_size)
-    assert ring[0, 12] == (FinishCode.STOP if min_len == 4 else FinishCode.RUNNING)
+    assert finish_after_token_one(case) == (FinishCode.STOP if min_len == 4 else FinishCode.RUNNING)
 
 
 def test_an_unused_stop_entry_matches_no_token() -> None:

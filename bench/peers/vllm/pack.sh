@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Packs vLLM 0.26.0 for a GPU machine without network: `bench/peers/vllm/pack.sh [FOLDER]`, from anywhere.
 #
-# Writes FOLDER/a and FOLDER/b (.peer/a and .peer/b by default), each less than 51 MB: 64 MiB travel at a time, the
-# checkout among them;
-# setup.sh puts them together. There, torch 2.11.0+cu130, Python 3.12 and transformers 5.17 must be installed: 0.26.0 is
-# the newest vLLM that is built for this torch. Dense models run; the kernels of others are left out.
+# Writes FOLDER/a and FOLDER/b (.peer/a and .peer/b by default), which setup.sh puts together. Each is less than 51 MB:
+# 64 MiB travel at a time, the checkout among them. On that machine torch 2.11.0+cu130, Python 3.12 and transformers 5.17
+# must be installed: 0.26.0 is the newest vLLM that is built for this torch. Dense models run; the kernels of others are
+# left out.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 folder=$(realpath -m "${1:-$root/.peer}")
