@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from functools import cache
+
+import torch
 
 from graphexec.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
 
 try:
     import triton
@@ -38,7 +37,7 @@ except ImportError:  # the CPU build of torch does not bring Triton; the referen
 
     triton = tl = _Missing()
 
-__all__ = ["settle_cache_folder", "tl", "triton", "use_triton"]
+__all__ = ["launches_early", "settle_cache_folder", "tl", "triton", "use_triton", "wait_for_predecessor"]
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
@@ -47,6 +46,31 @@ def use_triton(tensor: torch.Tensor) -> bool:
     float64 is the setting of equality tests, and has no kernel on any device.
     """
     return tensor.is_cuda and tensor.element_size() < 8
+
+
+def launches_early(tensor: torch.Tensor) -> bool:
+    """Whether a kernel on the device of `tensor` may begin before the one in front of it in the stream has ended.
+
+    Programmatic dependent launch, which Hopper (compute capability 9.0) introduced; graphs capture it as such an edge.
+    A kernel launched with `launch_pdl` must call `wait_for_predecessor`, in every program.
+    """
+    return tensor.is_cuda and _capability(tensor.get_device()) >= (9, 0)
+
+
+@cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@triton.jit
+def wait_for_predecessor():
+    """From here on, what earlier kernels of the stream wrote can be read, and what they read be overwritten.
+
+    Before it, a kernel may read only what `prepare` wrote at the beginning of the step. That is at least two launches
+    ago, and those are over: the predecessor ended its own waiting before it let this kernel begin.
+    """
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
 
 
 def settle_cache_folder() -> None:

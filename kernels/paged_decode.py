@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from graphexec.kernels.lang import tl, triton, use_triton
+from graphexec.kernels.lang import launches_early, tl, triton, use_triton, wait_for_predecessor
 
 __all__ = [
     "DecodeTile",
@@ -86,7 +86,7 @@ def paged_decode(
         k_cache, v_cache: `[num_blocks, KH, block_size, D]`, contiguous, the dtype of `query`; H is a multiple of KH,
             block_size is a power of two. Entries beyond a context may hold anything, NaN included.
         block_tables: `[S, max_blocks]` int32, contiguous; entries beyond a context are not read as blocks.
-        row_slot: `[T]` int32, negative for padding rows.
+        row_slot: `[T]` int32, negative for padding rows; like `positions` written at least two launches earlier.
         positions: `[T]` int32, the position of the row's token; its key and value are in the cache already.
         scale: factor of the scores, usually D ** -0.5.
         num_splits: from `choose_splits`, at most 128; not read by the reference.
@@ -163,6 +163,7 @@ def paged_decode_triton(
     out = torch.empty_like(query)
     if rows == 0:
         return out
+    early = launches_early(query)
     partial_out = partial_lse = None
     if num_splits > 1:
         # Under capture these come from the graph's pool: the addresses are the graph's own.
@@ -189,8 +190,10 @@ def paged_decode_triton(
         BLOCK_SIZE=block_size,
         BLOCK_N=tile.block_n,
         SPLIT=num_splits > 1,
+        EARLY=early,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        launch_pdl=early,
     )
     if num_splits > 1:
         _combine_kernel[(num_heads, rows)](
@@ -205,7 +208,9 @@ def paged_decode_triton(
             HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
             SPLITS_PADDED=triton.next_power_of_2(num_splits),
             BLOCK_N=tile.block_n,
+            EARLY=early,
             num_warps=4,
+            launch_pdl=early,
         )
     return out
 
@@ -239,18 +244,19 @@ def _decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program: all query heads of one KV head, for one split of one row's context."""
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     slot = tl.load(row_slot + row).to(tl.int64)
-    context = tl.load(positions + row) + 1  # before the branch, or it would wait for the slot
-    if slot < 0:
-        return
+    context = tl.load(positions + row) + 1
     tiles, share = _share_of_split(context, num_splits, BLOCK_N)
     first_tile = split * share
-    if first_tile >= tiles:
+    if EARLY:
+        wait_for_predecessor()
+    if (slot < 0) | (first_tile >= tiles):
         return
     last_tile = tl.minimum(first_tile + share, tiles)
 
@@ -262,19 +268,24 @@ def _decode_kernel(
     queries = tl.load(query + row_head[:, None] * HEAD_DIM + dims[None, :], mask=member_mask, other=0.0)
 
     highest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PADDED], tl.float32)
+    # Summed over the lanes after the loop: a sum in every tile would make the warps wait for each other once more.
+    totals = tl.zeros([GROUP_PADDED, BLOCK_N], tl.float32)
     accumulator = tl.zeros([GROUP_PADDED, HEAD_DIM_PADDED], tl.float32)
     scale_log2 = scale * 1.4426950408889634
     table = block_tables + slot * max_blocks
+    last_block = (context - 1) // BLOCK_SIZE
     head_offset = kv_head * (BLOCK_SIZE * HEAD_DIM)
+    lanes = tl.arange(0, BLOCK_N)
     for tile in range(first_tile, last_tile):
-        tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        valid = tokens < context
-        blocks = tl.load(table + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-        token_at = blocks * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + head_offset + (tokens % BLOCK_SIZE) * HEAD_DIM
+        # Block and offset of a token, both as a scalar and a part of the lane that is the same in every tile: one of
+        # BLOCK_N and BLOCK_SIZE divides the other. Keys beyond the context are some of its last block, and not used.
+        first = tile * BLOCK_N
+        valid = first + lanes < context
+        blocks = tl.minimum(first // BLOCK_SIZE + lanes // BLOCK_SIZE, last_block)
+        offsets = first % BLOCK_SIZE * HEAD_DIM + lanes % BLOCK_SIZE * HEAD_DIM + head_offset
+        token_at = tl.load(table + blocks).to(tl.int64) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + offsets
 
-        key_mask = (dims < HEAD_DIM)[:, None] & valid[None, :]
-        keys = tl.load(k_cache + token_at[None, :] + dims[:, None], mask=key_mask, other=0.0)
+        keys = tl.load(k_cache + token_at[None, :] + dims[:, None], mask=(dims < HEAD_DIM)[:, None], other=0.0)
         scores = tl.dot(queries, keys, input_precision="ieee") * scale_log2
         scores = tl.where(valid[None, :], scores, float("-inf"))
 
@@ -282,15 +293,16 @@ def _decode_kernel(
         raised = tl.maximum(highest, tl.max(scores, axis=1))
         rescale = tl.exp2(highest - raised)
         weights = tl.exp2(scores - raised[:, None])
-        total = total * rescale + tl.sum(weights, axis=1)
+        totals = totals * rescale[:, None] + weights
         highest = raised
 
-        # Masked too: a weight of zero does not silence a NaN beyond the context.
+        # Masked, unlike the keys: a weight of zero does not silence a NaN beyond the context.
         value_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
         values = tl.load(v_cache + token_at[:, None] + dims[None, :], mask=value_mask, other=0.0)
         accumulator = accumulator * rescale[:, None]
         accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
 
+    total = tl.sum(totals, axis=1)
     result = accumulator / total[:, None]
     if SPLIT:
         partial_at = row_head * num_splits + split
@@ -314,15 +326,18 @@ def _combine_kernel(
     HEAD_DIM_PADDED: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program: one head of one row, over the splits that had work; the others wrote nothing."""
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     slot = tl.load(row_slot + row)
-    context = tl.load(positions + row) + 1  # before the branch, or it would wait for the slot
+    context = tl.load(positions + row) + 1
+    tiles, share = _share_of_split(context, num_splits, BLOCK_N)
+    if EARLY:
+        wait_for_predecessor()
     if slot < 0:
         return
-    tiles, share = _share_of_split(context, num_splits, BLOCK_N)
 
     splits = tl.arange(0, SPLITS_PADDED)
     dims = tl.arange(0, HEAD_DIM_PADDED)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from graphexec.kernels.lang import tl, triton, use_triton
+from graphexec.kernels.lang import launches_early, tl, triton, use_triton, wait_for_predecessor
 
 __all__ = ["rope_write", "rope_write_reference", "rope_write_triton"]
 
@@ -38,7 +38,8 @@ def rope_write(
         q_norm, k_norm: `[D]`, the model's dtype; both None for a model without head norms.
         norm_eps: added to the mean square; not read without norms.
         k_cache, v_cache: `[num_blocks, KH, block_size, D]`, contiguous, the model's dtype; written in place.
-        kv_slots: `[T]` int64, block * block_size + offset; negative writes nowhere.
+        kv_slots: `[T]` int64, block * block_size + offset, negative writes nowhere; written at least two launches
+            earlier, since the kernel may begin before its predecessor has ended.
         num_heads: H.
 
     Returns:
@@ -120,6 +121,7 @@ def rope_write_triton(
     query = torch.empty((rows, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if rows == 0:
         return query
+    early = launches_early(qkv)
     _rope_write_kernel[(rows, triton.cdiv(num_heads + 2 * num_kv_heads, HEADS_PER_PROGRAM))](
         qkv,
         cos,
@@ -138,7 +140,9 @@ def rope_write_triton(
         HALF_PADDED=triton.next_power_of_2(head_dim // 2),
         TILE_HEADS=HEADS_PER_PROGRAM,
         HAS_NORM=q_norm is not None,
+        EARLY=early,
         num_warps=2 if qkv.element_size() == 2 else 4,
+        launch_pdl=early,
     )
     return query
 
@@ -162,10 +166,13 @@ def _rope_write_kernel(
     HALF_PADDED: tl.constexpr,
     TILE_HEADS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program: TILE_HEADS consecutive heads of one row, each as its lower and upper half."""
     row = tl.program_id(0).to(tl.int64)
     kv_slot = tl.load(kv_slots + row).to(tl.int64)
+    if EARLY:
+        wait_for_predecessor()
     if kv_slot < 0:
         return
 

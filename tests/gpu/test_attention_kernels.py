@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from graphexec.kernels.paged_decode import paged_decode, paged_decode_triton
 from graphexec.kernels.paged_prefill import PrefillTile
+from graphexec.kernels.rope_write import rope_write
 from tests.support.attention_cases import (
     SHAPES,
     TOLERANCE,
@@ -102,6 +105,56 @@ def test_a_captured_launch_serves_other_contexts_and_fewer_rows() -> None:
     step.rows = 1
     step.assert_right(out, TOLERANCE[case.dtype])
     step.assert_padding_untouched(out)
+
+
+@pytest.mark.parametrize("num_splits", [1, 8])
+def test_launches_that_begin_early_leave_what_launches_one_at_a_time_leave(num_splits: int) -> None:
+    """Thirty layers, each of which reads at once what the launch in front of it has just written."""
+    rows, layers, block_size = 64, 30, 16
+    num_heads, num_kv_heads, head_dim = 16, 8, 128
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    random = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=random, device=device, dtype=dtype)
+
+    positions = torch.arange(rows, dtype=torch.int32, device=device) * 7
+    blocks_each = 7 * rows // block_size + 1
+    tables = 1 + torch.randperm(rows * blocks_each, device=device, generator=random).view(rows, -1).int()
+    row_slot = torch.arange(rows, dtype=torch.int32, device=device)
+    last_blocks = tables.gather(1, (positions // block_size).long()[:, None])[:, 0]
+    kv_slots = last_blocks.long() * block_size + positions % block_size
+    caches = [normal(2, rows * blocks_each + 1, num_kv_heads, block_size, head_dim) for _ in range(layers)]
+    clean = [cache.clone() for cache in caches]
+    width, inner = num_heads * head_dim, (num_heads + 2 * num_kv_heads) * head_dim
+    hidden, into = normal(rows, width), normal(width, inner) * width**-0.5
+    cos, sin, norm = normal(rows, head_dim), normal(rows, head_dim), normal(head_dim)
+
+    def run(after_each: Callable[[], None]) -> torch.Tensor:
+        x = hidden
+        for k_cache, v_cache in caches:
+            qkv = x @ into
+            after_each()
+            query = rope_write(qkv, cos, sin, norm, norm, 1e-6, k_cache, v_cache, kv_slots, num_heads)
+            after_each()
+            x = paged_decode(query, k_cache, v_cache, tables, row_slot, positions, head_dim**-0.5, num_splits)
+            x = x.flatten(1)
+            after_each()
+        return x
+
+    expected = run(torch.cuda.synchronize).clone()
+    written = [cache.clone() for cache in caches]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(lambda: None)
+    for _ in range(5):
+        for cache, before in zip(caches, clean, strict=True):
+            cache.copy_(before)
+        out.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, expected)
+        assert all(torch.equal(cache, after) for cache, after in zip(caches, written, strict=True))
 
 
 def test_a_row_is_bitwise_the_same_alone_and_in_a_crowd() -> None:

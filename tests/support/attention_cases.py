@@ -36,6 +36,7 @@ SHAPES = (
     HeadShape(num_kv_heads=2, group=2, head_dim=80, block_size=8),
     HeadShape(num_kv_heads=1, group=4, head_dim=96, block_size=16),
     HeadShape(num_kv_heads=1, group=2, head_dim=256, block_size=16),
+    HeadShape(num_kv_heads=2, group=2, head_dim=64, block_size=128),
 )
 
 
