@@ -38,8 +38,8 @@ def choose_splits(rows: int, num_kv_heads: int, num_sms: int) -> int:
     """Number of splits of the context for a bucket of `rows` rows; a power of two from 1 to 128.
 
     The largest power of two for which rows * num_kv_heads * splits programs still fit twice on each multiprocessor.
-    Two programs, each with two tiles of keys and values on their way, hold about 128 KiB in flight per multiprocessor;
-    an H200 at full bandwidth has some 25 KiB outstanding on each of its 132 (4.27 TB/s times a latency of 0.8 us), so
+    Two programs, each with a tile of keys and values on its way, hold about 32 KiB in flight per multiprocessor; an
+    H200 at full bandwidth has some 25 KiB outstanding on each of its 132 (4.27 TB/s times a latency of 0.8 us), so
     further splits would only make the combination longer. The context length takes no part: a graph holds the answer,
     and a split that finds no work leaves at once.
     """
@@ -51,19 +51,19 @@ def choose_splits(rows: int, num_kv_heads: int, num_sms: int) -> int:
 def choose_decode_tile(head_dim: int, group: int, element_size: int) -> DecodeTile:
     """The tile for a head size, query heads of a KV head, and an element size in bytes.
 
-    At most 16 KiB of keys and three stages, so that two or three programs share a multiprocessor: their number hides
-    the latency better than a deeper pipeline does. Two warps hold what a small group accumulates; more only wait for
-    each other (bench/attention_sweep.py: 64 tokens, 2 warps, 3 stages is best or within 7 % of it at every batch and
-    context tried). float32 multiplies on the ordinary cores, and spills with fewer than eight.
+    A small group fits into one warp, which never waits for another: with 8 KiB of keys in a tile, eight programs share
+    a multiprocessor, and their number hides the latency better than a deeper pipeline does (bench/attention_sweep.py:
+    32 tokens, 1 warp, 2 stages is the best from batch 64 on). Larger heads and groups need four warps to hold what they
+    accumulate; float32 multiplies on the ordinary cores, and spills with fewer than eight.
     """
     row_bytes = triton.next_power_of_2(head_dim) * element_size
     if element_size > 2:
-        num_warps = 8
+        key_bytes, num_warps = 16384, 8
     elif group <= 16 and head_dim <= 128:
-        num_warps = 2
+        key_bytes, num_warps = 8192, 1
     else:
-        num_warps = 4
-    return DecodeTile(block_n=max(16, min(64, 16384 // row_bytes)), num_warps=num_warps, num_stages=3)
+        key_bytes, num_warps = 16384, 4
+    return DecodeTile(block_n=max(16, min(64, key_bytes // row_bytes)), num_warps=num_warps, num_stages=2)
 
 
 def paged_decode(
@@ -254,11 +254,20 @@ def _decode_kernel(
     context = tl.load(positions + row) + 1
     tiles, share = _share_of_split(context, num_splits, BLOCK_N)
     first_tile = split * share
+    last_tile = tl.minimum(first_tile + share, tiles)
+    worked = (slot >= 0) & (first_tile < tiles)
+
+    # Block and offset of a token, each as a scalar and a part of the lane that is the same in every tile: one of the
+    # two sizes divides the other. Blocks come a tile ahead of their keys; beyond the context, the last one once more.
+    lanes = tl.arange(0, BLOCK_N)
+    table = block_tables + slot * max_blocks
+    last_block = (context - 1) // BLOCK_SIZE
+    index = tl.minimum(first_tile * BLOCK_N // BLOCK_SIZE + lanes // BLOCK_SIZE, last_block)
+    blocks = tl.load(table + index, mask=worked)
     if EARLY:
         wait_for_predecessor()
-    if (slot < 0) | (first_tile >= tiles):
+    if not worked:
         return
-    last_tile = tl.minimum(first_tile + share, tiles)
 
     members = tl.arange(0, GROUP_PADDED)
     dims = tl.arange(0, HEAD_DIM_PADDED)
@@ -272,18 +281,14 @@ def _decode_kernel(
     totals = tl.zeros([GROUP_PADDED, BLOCK_N], tl.float32)
     accumulator = tl.zeros([GROUP_PADDED, HEAD_DIM_PADDED], tl.float32)
     scale_log2 = scale * 1.4426950408889634
-    table = block_tables + slot * max_blocks
-    last_block = (context - 1) // BLOCK_SIZE
     head_offset = kv_head * (BLOCK_SIZE * HEAD_DIM)
-    lanes = tl.arange(0, BLOCK_N)
     for tile in range(first_tile, last_tile):
-        # Block and offset of a token, both as a scalar and a part of the lane that is the same in every tile: one of
-        # BLOCK_N and BLOCK_SIZE divides the other. Keys beyond the context are some of its last block, and not used.
         first = tile * BLOCK_N
         valid = first + lanes < context
-        blocks = tl.minimum(first // BLOCK_SIZE + lanes // BLOCK_SIZE, last_block)
         offsets = first % BLOCK_SIZE * HEAD_DIM + lanes % BLOCK_SIZE * HEAD_DIM + head_offset
-        token_at = tl.load(table + blocks).to(tl.int64) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + offsets
+        token_at = blocks.to(tl.int64) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + offsets
+        index = tl.minimum((first + BLOCK_N) // BLOCK_SIZE + lanes // BLOCK_SIZE, last_block)
+        blocks = tl.load(table + index)
 
         keys = tl.load(k_cache + token_at[None, :] + dims[:, None], mask=(dims < HEAD_DIM)[:, None], other=0.0)
         scores = tl.dot(queries, keys, input_precision="ieee") * scale_log2
