@@ -53,8 +53,21 @@ def context(committed: Committed) -> list[str]:
             "hand_written_ms",
         )
         lines += [*_table(head, [[shown(row.get(name)) for name in names] for row in results["decode"]]), ""]
-        lines += [*(f"Left out: {reason}." for reason in results["skipped"]), ""] if results["skipped"] else []
+        lines += [*(f"- Left out: {reason}." for reason in results["skipped"]), *_not_reached(results), ""]
     return lines
+
+
+def _not_reached(results: Results) -> list[str]:
+    """Planned loads of which a results file knows nothing, since its round was cut off."""
+    plan = results["plan"]
+    known = {(row["prompt_tokens"], row["batch"]) for row in results["decode"]}
+    return [
+        f"- Not measured: batch {batch}, prompts of {prompt}: the round ended before."
+        for prompt in plan["prompts"]
+        for batch in plan["batches"]
+        if (prompt, batch) not in known
+        and not any(reason.startswith(f"batch {batch}, prompts of {prompt}") for reason in results["skipped"])
+    ]
 
 
 def peers(committed: Committed) -> list[str]:

@@ -25,7 +25,9 @@ _HANDICAP = (
 )
 _BLOCK_SIZE = 256
 _ROWS = 2048  # of a step, as graphexec has them
+_KV_PADDING = 1024  # tokens; by default 16,384, over which a single request would attend too
 _ANSWER_S = 120.0
+_SETTINGS = ("block_size", "num_blocks", "max_batch_tokens", "kv_padding_interval_size")
 
 
 def random_model(load: Load, attention: str) -> PreTrainedModel:
@@ -79,13 +81,14 @@ def continuous_batching(load: Load) -> Iterator[ContinuousBatching]:
         allow_block_sharing=False,  # no prefix of one run's prompts may serve the next
         use_cuda_graph=on_gpu,
         use_async_batching=on_gpu,
+        kv_padding_interval_size=_KV_PADDING if on_gpu else 0,
     )
     model = random_model(load, "paged|sdpa")
     greedy = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=load.longest - min(load.prompts))
     with model.continuous_batching_context_manager(
         generation_config=greedy, continuous_batching_config=config, timeout=30, warmup=on_gpu
     ) as manager:
-        settings = {name: getattr(config, name) for name in ("block_size", "num_blocks", "max_batch_tokens")}
+        settings = {name: getattr(config, name) for name in _SETTINGS}
         settings |= {"attention": "paged|sdpa", "use_cuda_graph": on_gpu, "use_async_batching": on_gpu}
         yield ContinuousBatching(model, manager, settings)
 

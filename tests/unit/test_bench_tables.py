@@ -75,7 +75,8 @@ STARTUP: Results = FACTS | {
 FILES: dict[str, Results] = {
     "decode-qwen3-0.6b": DECODE,
     "context-qwen3-0.6b": FACTS
-    | {"decode": [decode_row(1, 1, 1.9, 8000)], "eager": [], "skipped": ["batch 256, prompts of 8000: too large"]},
+    | {"decode": [decode_row(1, 1, 1.9, 8000)], "eager": [], "skipped": ["batch 256, prompts of 8000: too large"]}
+    | {"plan": {"batches": [1, 64, 256], "prompts": [8000], "tokens": [32, 288]}},
     "startup-qwen3-0.6b": STARTUP,
     "peer-qwen3-0.6b-vllm": PEER,
     "peer-qwen3-0.6b-graphexec": FACTS | {"decode": [decode_row(1, 1, 1.6)], "eager": []},
@@ -215,6 +216,8 @@ def test_long_contexts_name_what_was_left_out() -> None:
     text = section("context")
     assert "| 8,000 | 1 | 1 | 1.90 | 1.50 | 1.27 | 0.987 | 1.71 |" in text
     assert "Left out: batch 256, prompts of 8000: too large." in text
+    assert text.count("Not measured") == 1
+    assert "Not measured: batch 64, prompts of 8000: the round ended before." in text
 
 
 @pytest.mark.parametrize(
