@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from graphexec.kernels.lang import triton
+from bench.provenance import provenance
 from graphexec.kernels.paged_decode import DecodeTile, choose_decode_tile, choose_splits, paged_decode_triton
 from graphexec.kernels.paged_prefill import PrefillTile, choose_prefill_tile, paged_prefill_triton
 
@@ -59,8 +60,8 @@ class Load(NamedTuple):
         return 2 * self.batch * self.context * self.num_kv_heads * self.head_dim * DTYPE.itemsize
 
 
-def microseconds(launches: list[Launch]) -> float:
-    """Microseconds of one launch: the median over replays of a graph that holds all of them, in order."""
+def microseconds(launches: list[Launch]) -> list[float]:
+    """Microseconds of one launch, for each replay of a graph that holds all of them, in order."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles, and makes torch's libraries allocate, outside of capture
@@ -82,7 +83,7 @@ def microseconds(launches: list[Launch]) -> float:
         end.record()
         end.synchronize()
         samples.append(start.elapsed_time(end) * 1000 / len(launches))
-    return statistics.median(samples)
+    return samples
 
 
 def _warm_up(graph: torch.cuda.CUDAGraph) -> None:
@@ -96,7 +97,9 @@ def _warm_up(graph: torch.cuda.CUDAGraph) -> None:
 def measure(record: Record, launches: list[Launch]) -> Record:
     """`record` with the time, or with the error: a tile that does not fit must not end the sweep."""
     try:
-        record["microseconds"] = microseconds(launches)
+        samples = microseconds(launches)
+        record["microseconds"] = statistics.median(samples)
+        record["samples"] = [round(each, 3) for each in samples]
     except Exception as error:  # whatever the compiler or the driver objects to
         record["error"] = f"{type(error).__name__}: {error}"[:300]
         print("  failed:", record, flush=True)
@@ -217,7 +220,7 @@ def sweep_prefill(sequences: int, chunk: int, heads: tuple[int, int, int], devic
 
 
 def describe(record: Record) -> str:
-    shown = {key: value for key, value in record.items() if key != "tile"}
+    shown = {key: value for key, value in record.items() if key not in ("tile", "samples")}
     if isinstance(tile := record.get("tile"), dict):
         shown["tile"] = "/".join(str(number) for number in tile.values())
     return "  ".join(
@@ -233,16 +236,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("The sweep needs a CUDA device, and torch sees none.")
-    run(arguments.json, arguments.bandwidth, arguments.minutes, "cuda")
+    command = ["python", "-m", "bench.attention_sweep", *sys.argv[1:]]
+    run(command, arguments.json, arguments.bandwidth, arguments.minutes, "cuda")
 
 
-def run(path: Path | None, bandwidth: float, minutes: float, device: str) -> None:
+def run(command: list[str], path: Path | None, bandwidth: float, minutes: float, device: str) -> None:
     properties = torch.cuda.get_device_properties(0)
-    results: dict[str, object] = {
-        "device": properties.name,
+    results: dict[str, object] = provenance(command, torch.device(device, 0)) | {
         "multiprocessors": properties.multi_processor_count,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
         "bandwidth": bandwidth,
     }
     decode: list[Record] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import shlex
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,7 @@ import torch
 __all__ = ["provenance"]
 
 _PACKAGES = ("torch", "triton", "transformers", "cuda-python", "cuda-bindings", "numpy", "pytest-benchmark", "vllm")
+_FOLDERS = re.compile(r"(?:(?<==)|^)/(?:[^/]*/)*")  # of an absolute path: no fact about what was measured
 
 
 def provenance(command: list[str], device: torch.device) -> dict[str, object]:
@@ -28,7 +30,7 @@ def provenance(command: list[str], device: torch.device) -> dict[str, object]:
         "commit": _commit(),
         "round": os.environ.get("BENCH_ROUND"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(command),
+        "command": shlex.join(_FOLDERS.sub("", word) for word in command),
         "device": torch.cuda.get_device_name(device) if is_cuda else platform.processor() or platform.machine(),
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
         | {name: _version(name) for name in _PACKAGES},

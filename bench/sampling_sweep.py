@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from bench.provenance import provenance
 from graphexec.kernels.sample import SampleOutput, SamplerVariant, SamplingState, sample
 
 VOCABULARY = 151_936
@@ -48,6 +50,7 @@ class Timing:
     batch: int
     median_us: float
     lowest_us: float
+    samples: list[float]
 
 
 def make_state(batch: int, temperature: float, top_k: int, top_p: float, penalized: int) -> SamplingState:
@@ -108,7 +111,7 @@ def time_workload(workload: str, batch: int) -> Timing:
         end.record()
         end.synchronize()
         times.append(1000 * start.elapsed_time(end) / copies)
-    return Timing(workload, batch, statistics.median(times), min(times))
+    return Timing(workload, batch, statistics.median(times), min(times), [round(each, 3) for each in times])
 
 
 def main() -> None:
@@ -127,9 +130,8 @@ def main() -> None:
         timings += row
         print(f"{workload:32}" + "".join(f"{f'{t.median_us:.1f} ({t.lowest_us:.1f})':>18}" for t in row), flush=True)
     if path is not None:
-        record = {
-            "device": device,
-            "torch": torch.__version__,
+        command = ["python", "-m", "bench.sampling_sweep", *sys.argv[1:]]
+        record = provenance(command, torch.device("cuda")) | {
             "vocabulary": VOCABULARY,
             "dtype": "bfloat16",
             "repeats": REPEATS,

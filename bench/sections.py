@@ -6,9 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from bench.committed import Committed, Results, shown
-from bench.method import prefill_steps
 from bench.plots import PLOTS, Figure
-from bench.shapes import SHAPES
 
 __all__ = ["SECTIONS", "figures"]
 
@@ -83,12 +81,6 @@ def peers(committed: Committed) -> list[str]:
         ]
         lines += [*_table(["prompt", "batch", *(results["system"] for results in systems)], body), ""]
         lines += [f"- {each['system']}: {each['handicap']}" for each in systems if each["handicap"]]
-        hidden = sorted({(row["prompt_tokens"], row["batch"]) for each in systems for row in _unsteady(each)})
-        lines += [
-            f"- Left out: batch {batch} with prompts of {prompt:,} tokens, where the short runs ended before the last "
-            "prompt was computed."
-            for prompt, batch in hidden
-        ]
         if len({results.get("round") for results in systems}) > 1:
             lines.append("- Not all of these were measured in one run: the quotients hold to about 8 %.")
         lines += ["", _image(f"{name}.png"), ""]
@@ -131,8 +123,8 @@ def attention(committed: Committed) -> list[str]:
     body = [
         [" / ".join(str(record[name]) for name in heads), *(shown(record[name]) for name in names)] for record in chosen
     ]
-    facts = f"{results['device']}, torch {results['torch']}, Triton {results['triton']}"
-    lines = [f"Decode, bytes at {results['bandwidth'] / 1e12:.2f} TB/s ({facts}):", "", *_table(head, body), ""]
+    title = f"Decode, bytes at {results['bandwidth'] / 1e12:.2f} TB/s ({_facts(results)}):"
+    lines = [title, "", *_table(head, body), ""]
     dense = {_workload(each): each["microseconds"] for each in results["prefill"] if each["kernel"] != "paged_prefill"}
     body = []
     for record in results["prefill"]:
@@ -220,23 +212,9 @@ def _by_load(results: Results) -> dict[tuple[int, int], dict[int, Results]]:
     return dict(sorted(loads.items()))
 
 
-def _unsteady(results: Results) -> list[Results]:
-    """Rows whose slope is not one of full steps: see `lengths_for`, which the first measurements did without."""
-    tokens_per_step = SHAPES[results["shape"]].max_num_batched_tokens
-    return [
-        row
-        for row in results["decode"]
-        if row.get("tokens", results["plan"]["tokens"])[0]
-        < prefill_steps(row["batch"], row["prompt_tokens"], tokens_per_step)
-    ]
-
-
 def _steps(results: Results) -> dict[tuple[int, int], float]:
-    unsteady = _unsteady(results)
     rows = [
-        row
-        for row in results["decode"]
-        if row.get("depth", _OURS_DEPTH) == _OURS_DEPTH and "decode_step_ms" in row and row not in unsteady
+        row for row in results["decode"] if row.get("depth", _OURS_DEPTH) == _OURS_DEPTH and "decode_step_ms" in row
     ]
     return {(row["prompt_tokens"], row["batch"]): row["decode_step_ms"] for row in rows}
 
@@ -263,8 +241,12 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def _heading(results: Results, what: str) -> list[str]:
+    return [f"**{results['shape']}**: {what} ({_facts(results)})", ""]
+
+
+def _facts(results: Results) -> str:
     facts = (results["device"], f"torch {results['versions']['torch']}", f"commit {_short(results['commit'])}")
-    return [f"**{results['shape']}**: {what} ({', '.join(facts)}, {results['date'][:10]})", ""]
+    return f"{', '.join(facts)}, {results['date'][:10]}"
 
 
 def _short(commit: str) -> str:

@@ -185,6 +185,10 @@ def test_the_commit_comes_from_the_environment_where_there_is_no_history(monkeyp
     facts = provenance(["python", "-m", "bench.decode", "--json", "a b"], torch.device("cpu"))
     assert facts["commit"] == "abc123"
     assert facts["command"] == "python -m bench.decode --json 'a b'"
+    spelled = ["pytest", "bench/test_gpu.py", "--benchmark-json=/tmp/out/gpu.json", "--json", "/tmp/a.json"]
+    assert provenance(spelled, torch.device("cpu"))["command"] == (
+        "pytest bench/test_gpu.py --benchmark-json=gpu.json --json a.json"
+    )
     monkeypatch.delenv("GRAPHEXEC_COMMIT")
     monkeypatch.setenv("PATH", "")
     assert provenance([], torch.device("cpu"))["commit"] == "unknown"

@@ -81,10 +81,7 @@ FILES: dict[str, Results] = {
     "peer-qwen3-0.6b-vllm": PEER,
     "peer-qwen3-0.6b-graphexec": FACTS | {"decode": [decode_row(1, 1, 1.6)], "eager": []},
 }
-ATTENTION: Results = {
-    "device": "NVIDIA H200",
-    "torch": "2.11.0",
-    "triton": "3.6.0",
+ATTENTION: Results = FACTS | {
     "bandwidth": 4.27e12,
     "decode": [
         {"batch": 64, "context": 300, "num_heads": 16, "num_kv_heads": 8, "head_dim": 128, "num_splits": splits}
@@ -278,18 +275,3 @@ def test_attention_is_shown_as_it_is_chosen_beside_torchs_own() -> None:
     assert "| 16 / 8 / 128 | 64 | 300 | 1 | 25.0 | 1.36 |" in text
     assert "50.0" not in text
     assert "| 4 | 512 | 16 | 30.0 | 20.0 | 1.50 |" in text
-
-
-def test_a_slope_whose_short_run_ends_before_the_last_prompt_is_computed_is_left_out() -> None:
-    def peer(**row: object) -> Results:
-        return FACTS | {
-            "system": "a peer",
-            "decode": [{"batch": 256, "prompt_tokens": 1000, "decode_step_ms": 8.5} | row],
-        }
-
-    hidden = section("peers", {"peer-context-peer": peer()})
-    assert "8.5" not in hidden
-    assert "- Left out: batch 256 with prompts of 1,000 tokens" in hidden
-    shown = section("peers", {"peer-context-peer": peer(tokens=[160, 416])})
-    assert "| 1,000 | 256 | 8.50 |" in shown
-    assert "Left out" not in shown
