@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
@@ -64,7 +65,7 @@ def _not_reached(results: Results) -> list[str]:
         for prompt in plan["prompts"]
         for batch in plan["batches"]
         if (prompt, batch) not in known
-        and not any(reason.startswith(f"batch {batch}, prompts of {prompt}") for reason in results["skipped"])
+        and not any(re.match(rf"batch {batch}, prompts of {prompt}\b", reason) for reason in results["skipped"])
     ]
 
 
@@ -81,6 +82,7 @@ def peers(committed: Committed) -> list[str]:
         ]
         lines += [*_table(["prompt", "batch", *(results["system"] for results in systems)], body), ""]
         lines += [f"- {each['system']}: {each['handicap']}" for each in systems if each["handicap"]]
+        lines += [f"- {each['system']}: left out: {reason}." for each in systems for reason in each["skipped"]]
         if len({results.get("round") for results in systems}) > 1:
             lines.append("- Not all of these were measured in one run: the quotients hold to about 8 %.")
         lines += ["", _image(f"{name}.png"), ""]
@@ -104,7 +106,8 @@ def startup(committed: Committed) -> list[str]:
         lines += [*_table(head, body), ""]
         peers = [each for each in committed.kind("peer").values() if each["shape"] == results["shape"]]
         lines += [
-            f"- {peer['system']} took requests after {shown(peer['startup_s'])} s, with the caches that it found."
+            f"- {peer['system']}, for prompts of {_prompts(peer)} tokens: {shown(peer['startup_s'])} s until it took "
+            "requests, with the caches that it found."
             for peer in peers
             if "startup_s" in peer
         ]

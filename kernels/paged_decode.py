@@ -39,7 +39,7 @@ def choose_splits(rows: int, num_kv_heads: int, num_sms: int) -> int:
 
     The largest power of two for which rows * num_kv_heads * splits programs still fit twice on each multiprocessor.
     Two programs, each with a tile of keys and values on its way, hold about 32 KiB in flight per multiprocessor; an
-    H200 at full bandwidth has some 25 KiB outstanding on each of its 132 (4.27 TB/s times a latency of 0.8 us), so
+    H200 at 4.27 TB/s has some 25 KiB outstanding on each of its 132 (with a latency of 0.8 us), so
     further splits would only make the combination longer. The context length takes no part: a graph holds the answer,
     and a split that finds no work leaves at once.
     """
@@ -51,9 +51,10 @@ def choose_splits(rows: int, num_kv_heads: int, num_sms: int) -> int:
 def choose_decode_tile(head_dim: int, group: int, element_size: int) -> DecodeTile:
     """The tile for a head size, query heads of a KV head, and an element size in bytes.
 
-    A small group fits into one warp, which never waits for another: with 8 KiB of keys in a tile, eight programs share
-    a multiprocessor, and their number hides the latency better than a deeper pipeline does (bench/attention_sweep.py:
-    32 tokens, 1 warp, 2 stages is the best from batch 64 on). Larger heads and groups need four warps to hold what they
+    A small group fits into one warp, which never waits for another. Eight such programs share a multiprocessor's
+    registers, and their number hides the latency better than a deeper pipeline does: for heads of 128, from batch 64
+    on, 32 tokens, 1 warp and 2 stages is the best or within 1 % of it. (At batch 1 and 8,000 tokens, 2 warps and 3
+    stages take 15 % less: bench/attention_sweep.py.) Larger heads and groups need four warps to hold what they
     accumulate; float32 multiplies on the ordinary cores, and spills with fewer than eight.
     """
     row_bytes = triton.next_power_of_2(head_dim) * element_size
@@ -85,8 +86,9 @@ def paged_decode(
         query: `[T, H, D]`, contiguous; bfloat16, float16 or float32 for the kernel, any float dtype for the reference.
         k_cache, v_cache: `[num_blocks, KH, block_size, D]`, contiguous, the dtype of `query`; H is a multiple of KH,
             block_size is a power of two. Entries beyond a context may hold anything, NaN included.
-        block_tables: `[S, max_blocks]` int32, contiguous; entries beyond a context are not read as blocks.
-        row_slot: `[T]` int32, negative for padding rows; like `positions` written at least two launches earlier.
+        block_tables: `[S, max_blocks]` int32, contiguous; entries beyond a context are not read as blocks. Like
+            `row_slot` and `positions` written at least two launches earlier: see `wait_for_predecessor`.
+        row_slot: `[T]` int32, negative for padding rows.
         positions: `[T]` int32, the position of the row's token; its key and value are in the cache already.
         scale: factor of the scores, usually D ** -0.5.
         num_splits: from `choose_splits`, at most 128; not read by the reference.
@@ -95,7 +97,7 @@ def paged_decode(
         `[T, H, D]` in the dtype and on the device of `query`. Padding rows hold anything.
 
     Raises:
-        ValueError: a cache is not contiguous, or num_splits is out of range.
+        ValueError: a cache is not contiguous, block_size is no power of two, or num_splits is out of range.
     """
     if use_triton(query):
         return paged_decode_triton(
@@ -163,6 +165,8 @@ def paged_decode_triton(
     out = torch.empty_like(query)
     if rows == 0:
         return out
+    if block_size & (block_size - 1):
+        raise ValueError(f"The block size of the KV cache is {block_size}; the kernel needs a power of two.")
     early = launches_early(query)
     partial_out = partial_lse = None
     if num_splits > 1:
@@ -255,7 +259,7 @@ def _decode_kernel(
     tiles, share = _share_of_split(context, num_splits, BLOCK_N)
     first_tile = split * share
     last_tile = tl.minimum(first_tile + share, tiles)
-    worked = (slot >= 0) & (first_tile < tiles)
+    has_work = (slot >= 0) & (first_tile < tiles)
 
     # Block and offset of a token, each as a scalar and a part of the lane that is the same in every tile: one of the
     # two sizes divides the other. Blocks come a tile ahead of their keys; beyond the context, the last one once more.
@@ -263,10 +267,10 @@ def _decode_kernel(
     table = block_tables + slot * max_blocks
     last_block = (context - 1) // BLOCK_SIZE
     index = tl.minimum(first_tile * BLOCK_N // BLOCK_SIZE + lanes // BLOCK_SIZE, last_block)
-    blocks = tl.load(table + index, mask=worked)
+    blocks = tl.load(table + index, mask=has_work)
     if EARLY:
         wait_for_predecessor()
-    if not worked:
+    if not has_work:
         return
 
     members = tl.arange(0, GROUP_PADDED)
@@ -278,7 +282,7 @@ def _decode_kernel(
 
     highest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
     # Summed over the lanes after the loop: a sum in every tile would make the warps wait for each other once more.
-    totals = tl.zeros([GROUP_PADDED, BLOCK_N], tl.float32)
+    lane_totals = tl.zeros([GROUP_PADDED, BLOCK_N], tl.float32)
     accumulator = tl.zeros([GROUP_PADDED, HEAD_DIM_PADDED], tl.float32)
     scale_log2 = scale * 1.4426950408889634
     head_offset = kv_head * (BLOCK_SIZE * HEAD_DIM)
@@ -287,8 +291,8 @@ def _decode_kernel(
         valid = first + lanes < context
         offsets = first % BLOCK_SIZE * HEAD_DIM + lanes % BLOCK_SIZE * HEAD_DIM + head_offset
         token_at = blocks.to(tl.int64) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + offsets
-        index = tl.minimum((first + BLOCK_N) // BLOCK_SIZE + lanes // BLOCK_SIZE, last_block)
-        blocks = tl.load(table + index)
+        next_index = tl.minimum((first + BLOCK_N) // BLOCK_SIZE + lanes // BLOCK_SIZE, last_block)
+        blocks = tl.load(table + next_index)
 
         keys = tl.load(k_cache + token_at[None, :] + dims[:, None], mask=(dims < HEAD_DIM)[:, None], other=0.0)
         scores = tl.dot(queries, keys, input_precision="ieee") * scale_log2
@@ -298,7 +302,7 @@ def _decode_kernel(
         raised = tl.maximum(highest, tl.max(scores, axis=1))
         rescale = tl.exp2(highest - raised)
         weights = tl.exp2(scores - raised[:, None])
-        totals = totals * rescale[:, None] + weights
+        lane_totals = lane_totals * rescale[:, None] + weights
         highest = raised
 
         # Masked, unlike the keys: a weight of zero does not silence a NaN beyond the context.
@@ -307,7 +311,7 @@ def _decode_kernel(
         accumulator = accumulator * rescale[:, None]
         accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
 
-    total = tl.sum(totals, axis=1)
+    total = tl.sum(lane_totals, axis=1)
     result = accumulator / total[:, None]
     if SPLIT:
         partial_at = row_head * num_splits + split

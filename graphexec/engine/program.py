@@ -56,7 +56,7 @@ class DecoderProgram(StepProgram):
         slots = self.state_of_slots.slots
         self._sampling = SamplingState(**{part.name: getattr(slots, part.name) for part in fields(SamplingState)})
         # With dynamic=True a float of a module would be dynamic, too: torch finds that it can't be, and traces again.
-        self._constant_floats = torch._dynamo.config.patch(specialize_float=True)
+        self._with_constant_floats = torch._dynamo.config.patch(specialize_float=True)
         is_cuda = weight.device.type == "cuda"
         self._num_sms = torch.cuda.get_device_properties(weight.device).multi_processor_count if is_cuda else 1
 
@@ -84,7 +84,7 @@ class DecoderProgram(StepProgram):
         num_kv_heads = self._decoder.attentions[0].num_kv_heads
         splits = choose_splits(key.rows, num_kv_heads, self._num_sms) if key.phase == "decode" else 0
         rows = AttentionRows(self.state_of_slots.slots, step, key.rows, key.bucket, splits)
-        with attention_rows(rows), self._constant_floats:
+        with attention_rows(rows), self._with_constant_floats:
             hidden: torch.Tensor = self._decoder(step.input_ids[: key.rows], step.positions[: key.rows])
         return hidden
 

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from graphexec.kernels.paged_decode import (
     DecodeTile,
+    choose_decode_tile,
     choose_splits,
     paged_decode,
     paged_decode_reference,
     paged_decode_triton,
 )
 from graphexec.kernels.paged_prefill import PrefillTile, paged_prefill, paged_prefill_reference
-from graphexec.kernels.rope_write import rope_write, rope_write_reference
+from graphexec.kernels.rope_write import rope_write, rope_write_reference, rope_write_triton
 from tests.support.attention_cases import (
     SHAPES,
     AttentionCase,
@@ -80,6 +81,23 @@ def test_rope_write_matches_the_reference(case: AttentionCase, with_norm: bool) 
 
 
 @interpreted
+@pytest.mark.parametrize("size", [1.0, 1e-3])  # where the norm's epsilon is nothing, and where it decides
+def test_rope_write_rounds_where_the_reference_rounds(size: float) -> None:
+    rows, num_heads, num_kv_heads, head_dim = 5, 4, 2, 64
+    random = torch.Generator().manual_seed(0)
+    qkv = (size * torch.randn(rows, (num_heads + 2 * num_kv_heads) * head_dim, generator=random)).half()
+    angles = torch.arange(rows)[:, None] * torch.rand(head_dim, generator=random)
+    cos, sin = angles.cos().half(), angles.sin().half()
+    norms = [torch.rand(head_dim, generator=random).half() + 0.5 for _ in range(2)]
+    results = []
+    for function in (rope_write_reference, rope_write_triton):
+        caches = [torch.zeros(2, num_kv_heads, 8, head_dim).half() for _ in range(2)]
+        query = function(qkv, cos, sin, *norms, 1e-6, *caches, torch.arange(8, 8 + rows), num_heads)
+        results.append([query, *caches])
+    assert all(torch.equal(expected, actual) for expected, actual in zip(*results, strict=True))
+
+
+@interpreted
 def test_padding_rows_write_nowhere() -> None:
     case = AttentionCase(SMALL, torch.float32, slots=((9, 2), None), padding=3)
     check_decode(case, "cpu", num_splits=1)
@@ -113,6 +131,15 @@ def test_a_split_count_out_of_range_is_refused() -> None:
     for num_splits in (0, 129):
         with pytest.raises(ValueError, match="choose_splits"):
             paged_decode_triton(step.query, step.k_cache, step.v_cache, *where, num_splits)
+
+
+@interpreted
+def test_a_block_size_that_is_no_power_of_two_is_refused() -> None:
+    step = Step(ONE_TOKEN_AMONG_HOLES, "cpu")
+    cache = torch.zeros(3, 2, 12, 64)
+    where = step.block_tables, step.row_slot, step.positions, step.scale
+    with pytest.raises(ValueError, match="12; the kernel needs a power of two"):
+        paged_decode_triton(step.query, cache, cache, *where, num_splits=1)
 
 
 @settings(max_examples=30, deadline=None)
@@ -213,3 +240,22 @@ def test_splits_on_an_h200_fall_as_the_bucket_grows() -> None:
         *(32, 16, 4, 2),
         *(1, 1, 1),
     ]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "group", "element_size", "tile"),
+    [
+        (128, 2, 2, (32, 1, 2)),
+        (128, 16, 2, (32, 1, 2)),
+        (80, 4, 2, (32, 1, 2)),
+        (64, 1, 2, (64, 1, 2)),
+        (128, 17, 2, (64, 4, 2)),  # does not fit into the registers of one warp
+        (256, 2, 2, (32, 4, 2)),
+        (128, 2, 4, (32, 8, 2)),
+        (256, 2, 4, (16, 8, 2)),
+    ],
+)
+def test_a_tile_is_what_was_measured_or_fits(
+    head_dim: int, group: int, element_size: int, tile: tuple[int, int, int]
+) -> None:
+    assert choose_decode_tile(head_dim, group, element_size) == DecodeTile(*tile)

@@ -198,7 +198,7 @@ def test_starts_are_medians_and_stand_beside_those_of_peers() -> None:
     text = section("startup")
     assert "| layer | cold | 65.0 | 66.0 | - | 1.50 | - |" in text
     assert "| layer | warm | 30.0 | 31.0 | - | 1.50 | 2.41 |" in text
-    assert "- vllm 0.26.0 took requests after 61.4 s" in text
+    assert "- vllm 0.26.0, for prompts of 128 tokens: 61.4 s until it took requests" in text
 
 
 def test_graph_memory_is_shown_by_bucket() -> None:

@@ -1,0 +1,58 @@
+"""Compiles the kernels that begin early for Hopper, without a GPU, and prints their PTX as JSON.
+
+A program of its own, `python -m tests.support.compiled_kernels`: the tests' process holds interpreted kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from graphexec.kernels import paged_decode, rope_write
+
+_HEADS = {"NUM_KV_HEADS": 8, "BLOCK_SIZE": 16, "HEAD_DIM": 128}
+_WORK = {"GROUP": 2, "GROUP_PADDED": 16, "HEAD_DIM_PADDED": 128, "BLOCK_N": 32, "EARLY": True}
+_NO_SPLIT = {"partial_out": None, "partial_lse": None, "SPLIT": False}
+_COMBINE = {"NUM_HEADS": 16, "HEAD_DIM": 128, "HEAD_DIM_PADDED": 128, "SPLITS_PADDED": 32, "BLOCK_N": 32, "EARLY": True}
+_ROPE = {"NUM_HEADS": 16, "HALF_PADDED": 64, "TILE_HEADS": 8, "HAS_NORM": True, "EARLY": True}
+
+KERNELS = {
+    "decode": (paged_decode._decode_kernel, _HEADS | _WORK | _NO_SPLIT, 1),
+    "decode, split": (paged_decode._decode_kernel, _HEADS | _WORK | {"SPLIT": True}, 1),
+    "combine": (paged_decode._combine_kernel, _COMBINE, 4),
+    "rope_write": (rope_write._rope_write_kernel, _HEADS | _ROPE, 2),
+}
+"""Kernel, constants, warps."""
+
+TYPES = {
+    "block_tables": "*i32",
+    "row_slot": "*i32",
+    "positions": "*i32",
+    "kv_slots": "*i64",
+    "partial_out": "*fp32",
+    "partial_lse": "*fp32",
+    "scale": "fp32",
+    "norm_eps": "fp32",
+    "max_blocks": "i32",
+    "num_splits": "i32",
+}
+"""Of the arguments that are not bfloat16 tensors."""
+
+
+def ptx(name: str) -> str:
+    kernel, constants, num_warps = KERNELS[name]
+    names = kernel.arg_names
+    signature = {each: "constexpr" if each in constants else TYPES.get(each, "*bf16") for each in names}
+    values = {(names.index(each),): value for each, value in constants.items()}
+    aligned = {(place,): [["tt.divisibility", 16]] for place, each in enumerate(names) if "*" in signature[each]}
+    source = ASTSource(kernel, signature, values, aligned)
+    options = {"num_warps": num_warps, "num_stages": 2, "launch_pdl": True}
+    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+
+
+if __name__ == "__main__":
+    json.dump({name: ptx(name) for name in KERNELS}, sys.stdout)

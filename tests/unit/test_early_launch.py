@@ -1,0 +1,52 @@
+"""Kernels that begin before their predecessor has ended, as compiled for Hopper: what they do until they wait."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+
+@cache
+def compiled() -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.support.compiled_kernels"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ptx: dict[str, str] = json.loads(done.stdout)
+    return ptx
+
+
+@pytest.mark.parametrize(
+    ("kernel", "loads"),
+    [
+        ("decode", 3),  # slot, position, blocks of the first tile
+        ("decode, split", 3),
+        ("combine", 2),  # slot, position
+        ("rope_write", 1),  # KV slot
+    ],
+)
+def test_until_it_waits_a_kernel_reads_what_is_two_launches_old_and_writes_nothing(kernel: str, loads: int) -> None:
+    lines = compiled()[kernel].splitlines()
+    waits = [number for number, line in enumerate(lines) if "griddepcontrol.wait" in line]
+    assert len(waits) == 1
+    before = "\n".join(lines[: waits[0]])
+    assert len(re.findall(r"\bld\.global", before)) == loads
+    assert not re.search(r"\bst\.|\bcp\.async|\batom\.|\bred\.|\bret;|\bexit;", before)
+
+
+@pytest.mark.parametrize("kernel", ["decode", "decode, split", "combine", "rope_write"])
+def test_no_program_leaves_without_having_waited(kernel: str) -> None:
+    """Else a launch could be over before its predecessor, and the next one would take both for finished."""
+    lines = compiled()[kernel].splitlines()
+    wait = next(number for number, line in enumerate(lines) if "griddepcontrol.wait" in line)
+    labels = {found[1]: number for number, line in enumerate(lines) if (found := re.match(r"(\$\w+):", line))}
+    jumps = [target for line in lines[:wait] for target in re.findall(r"\bbra(?:\.uni)?\s+(\$\w+);", line)]
+    assert all(labels[target] <= wait for target in jumps)
+    assert any("griddepcontrol.launch_dependents" in line for line in lines[wait:]), "and it lets the next one begin"
+    assert not any("griddepcontrol.launch_dependents" in line for line in lines[:wait])
