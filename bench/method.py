@@ -21,7 +21,6 @@ __all__ = [
     "integers",
     "lengths_for",
     "measure_slope",
-    "prefill_steps",
     "random_prompts",
     "seconds_since_start",
 ]
@@ -60,17 +59,13 @@ class Slope:
         return {"short_run_s": list(self.short_s), "long_run_s": list(self.long_s)}
 
 
-def prefill_steps(batch: int, prompt: int, tokens_per_step: int) -> int:
-    """Steps in which `batch` prompts of `prompt` tokens are computed, if nothing else is."""
-    return -(-batch * prompt // tokens_per_step)
-
-
 def lengths_for(tokens: tuple[int, int], batch: int, prompt: int, tokens_per_step: int) -> tuple[int, int]:
     """`tokens`, both longer by the same number where the short run might end before the last prompt is computed.
 
     Else the requests would not all decode together in the steps by which the runs differ.
     """
-    more = max(0, 5 * prefill_steps(batch, prompt, tokens_per_step) // 4 - tokens[0])
+    prefill_steps = -(-batch * prompt // tokens_per_step)
+    more = max(0, 5 * prefill_steps // 4 - tokens[0])
     return tokens[0] + more, tokens[1] + more
 
 

@@ -39,9 +39,9 @@ def choose_splits(rows: int, num_kv_heads: int, num_sms: int) -> int:
 
     The largest power of two for which rows * num_kv_heads * splits programs still fit twice on each multiprocessor.
     Two programs, each with a tile of keys and values on its way, hold about 32 KiB in flight per multiprocessor; an
-    H200 at 4.27 TB/s has some 25 KiB outstanding on each of its 132 (with a latency of 0.8 us), so
-    further splits would only make the combination longer. The context length takes no part: a graph holds the answer,
-    and a split that finds no work leaves at once.
+    H200 at 4.27 TB/s has some 25 KiB outstanding on each of its 132 (with a latency of 0.8 us), so further splits would
+    only make the combination longer. The context length takes no part: a graph holds the answer, and a split that finds
+    no work leaves at once.
     """
     programs = max(1, rows * num_kv_heads)
     share = max(1, PROGRAMS_PER_SM * num_sms // programs)
@@ -159,14 +159,14 @@ def paged_decode_triton(
         raise ValueError(f"num_splits is {num_splits}; it must be from 1 to {MAX_SPLITS}. Use choose_splits.")
     rows, num_heads, head_dim = query.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
+    if block_size & (block_size - 1):
+        raise ValueError(f"The block size of the KV cache is {block_size}; the kernel needs a power of two.")
     group = num_heads // num_kv_heads
     if tile is None:
         tile = choose_decode_tile(head_dim, group, query.element_size())
     out = torch.empty_like(query)
     if rows == 0:
         return out
-    if block_size & (block_size - 1):
-        raise ValueError(f"The block size of the KV cache is {block_size}; the kernel needs a power of two.")
     early = launches_early(query)
     partial_out = partial_lse = None
     if num_splits > 1:
@@ -281,7 +281,7 @@ def _decode_kernel(
     queries = tl.load(query + row_head[:, None] * HEAD_DIM + dims[None, :], mask=member_mask, other=0.0)
 
     highest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
-    # Summed over the lanes after the loop: a sum in every tile would make the warps wait for each other once more.
+    # Summed over the lanes after the loop: a sum in every tile would be one more exchange between threads.
     lane_totals = tl.zeros([GROUP_PADDED, BLOCK_N], tl.float32)
     accumulator = tl.zeros([GROUP_PADDED, HEAD_DIM_PADDED], tl.float32)
     scale_log2 = scale * 1.4426950408889634

@@ -38,8 +38,8 @@ def rope_write(
         q_norm, k_norm: `[D]`, the model's dtype; both None for a model without head norms.
         norm_eps: added to the mean square; not read without norms.
         k_cache, v_cache: `[num_blocks, KH, block_size, D]`, contiguous, the model's dtype; written in place.
-        kv_slots: `[T]` int64, block * block_size + offset, negative writes nowhere; written at least two launches
-            earlier, since the kernel may begin before its predecessor has ended.
+        kv_slots: `[T]` int64, block * block_size + offset; negative writes nowhere. Written at least two launches
+            earlier: see `wait_for_predecessor`.
         num_heads: H.
 
     Returns:

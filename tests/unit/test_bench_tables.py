@@ -27,7 +27,6 @@ FACTS: Results = {
     "shape": "qwen3-0.6b",
     "system": "graphexec",
     "handicap": None,
-    "plan": {"tokens": [32, 288]},
     "skipped": [],
     "errors": [],
 }
@@ -53,7 +52,7 @@ DECODE: Results = FACTS | {
     "decode": [decode_row(1, 1, 1.6), decode_row(64, 1, 2.4), decode_row(1, 0, 1.9)],
     "eager": [{"batch": 1, "prompt_tokens": 128, "decode_step_ms": 9.25}],
     "capture": {"again": CAPTURE},
-    "plan": {"batches": [1, 64], "tokens": [32, 288]},
+    "plan": {"batches": [1, 64]},
 }
 PEER: Results = FACTS | {
     "system": "vllm 0.26.0",
@@ -76,7 +75,7 @@ FILES: dict[str, Results] = {
     "decode-qwen3-0.6b": DECODE,
     "context-qwen3-0.6b": FACTS
     | {"decode": [decode_row(1, 1, 1.9, 8000)], "eager": [], "skipped": ["batch 256, prompts of 8000: too large"]}
-    | {"plan": {"batches": [1, 64, 256], "prompts": [8000], "tokens": [32, 288]}},
+    | {"plan": {"batches": [1, 64, 256], "prompts": [8000]}},
     "startup-qwen3-0.6b": STARTUP,
     "peer-qwen3-0.6b-vllm": PEER,
     "peer-qwen3-0.6b-graphexec": FACTS | {"decode": [decode_row(1, 1, 1.6)], "eager": []},
