@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from bench.provenance import provenance
+from bench.launches import Launch, Record, describe, launches_to_rotate, measure
+from bench.provenance import provenance, write_results
 from graphexec.kernels.paged_decode import DecodeTile, choose_decode_tile, choose_splits, paged_decode_triton
 from graphexec.kernels.paged_prefill import PrefillTile, choose_prefill_tile, paged_prefill_triton
 
@@ -38,12 +37,6 @@ PREFILL_TILES = tuple(
     for tile in ((64, 64, 4, 3), (64, 64, 4, 5), (64, 128, 4, 3), (128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3))
 )
 DTYPE = torch.bfloat16
-ROTATION_BYTES = 400 << 20  # what one replay reads at least, several times an L2 of 50 MiB
-MOST_LAUNCHES = 128
-SECONDS = 0.1  # of replays for one measurement, and of those before it
-
-Launch = Callable[[], torch.Tensor]
-Record = dict[str, object]
 
 
 class Load(NamedTuple):
@@ -58,63 +51,6 @@ class Load(NamedTuple):
     @property
     def kv_bytes(self) -> int:
         return 2 * self.batch * self.context * self.num_kv_heads * self.head_dim * DTYPE.itemsize
-
-
-def microseconds(launches: list[Launch]) -> list[float]:
-    """Microseconds of one launch, for each replay of a graph that holds all of them, in order."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and makes torch's libraries allocate, outside of capture
-        for launch in launches[:2]:
-            launch()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    _warm_up(graph)
-    samples: list[float] = []
-    deadline = time.perf_counter() + SECONDS
-    while len(samples) < 5 or (len(samples) < 50 and time.perf_counter() < deadline):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) * 1000 / len(launches))
-    return samples
-
-
-def _warm_up(graph: torch.cuda.CUDAGraph) -> None:
-    """Replays for SECONDS: after a pause, as for a compilation, the first replays are up to a tenth slower."""
-    deadline = time.perf_counter() + SECONDS
-    while time.perf_counter() < deadline:
-        graph.replay()
-        torch.cuda.synchronize()
-
-
-def measure(record: Record, launches: list[Launch]) -> Record:
-    """`record` with the time, or with the error: a tile that does not fit must not end the sweep."""
-    try:
-        samples = microseconds(launches)
-        record["microseconds"] = statistics.median(samples)
-        record["samples"] = [round(each, 3) for each in samples]
-    except Exception as error:  # whatever the compiler or the driver objects to
-        record["error"] = f"{type(error).__name__}: {error}"[:300]
-        print("  failed:", record, flush=True)
-        if device_lost():
-            raise
-    return record
-
-
-def device_lost() -> bool:
-    """Whether the CUDA context is beyond use, as after an illegal access."""
-    try:
-        torch.cuda.synchronize()
-    except Exception:
-        return True
-    return False
 
 
 def make_caches(count: int, blocks: int, num_kv_heads: int, head_dim: int, device: str) -> list[torch.Tensor]:
@@ -133,7 +69,7 @@ def scattered_tables(rows: int, tokens: int, device: str) -> torch.Tensor:
 def sweep_decode(load: Load, num_sms: int, bandwidth: float, device: str) -> Iterator[Record]:
     """All splits with the tile of choice, then all tiles with the splits of choice (and without splits)."""
     batch, context, num_heads, num_kv_heads, head_dim = load
-    launches = max(2, min(MOST_LAUNCHES, -(-ROTATION_BYTES // load.kv_bytes)))
+    launches = launches_to_rotate(load.kv_bytes)
     blocks = batch * -(-context // BLOCK_SIZE)
     k_caches, v_caches = (make_caches(launches, blocks, num_kv_heads, head_dim, device) for _ in range(2))
     tables = scattered_tables(batch, context, device)
@@ -219,15 +155,6 @@ def sweep_prefill(sequences: int, chunk: int, heads: tuple[int, int, int], devic
         yield finish(record)
 
 
-def describe(record: Record) -> str:
-    shown = {key: value for key, value in record.items() if key not in ("tile", "samples")}
-    if isinstance(tile := record.get("tile"), dict):
-        shown["tile"] = "/".join(str(number) for number in tile.values())
-    return "  ".join(
-        f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in shown.items()
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
@@ -258,8 +185,7 @@ def run(command: list[str], path: Path | None, bandwidth: float, minutes: float,
                 print(describe(record), flush=True)
         finally:  # after each workload: what was measured survives whatever comes next
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(results, indent=1) + "\n")
+                write_results(path, results)
 
     num_sms = properties.multi_processor_count
     workloads: list[tuple[list[Record], Callable[[], Iterator[Record]]]] = []

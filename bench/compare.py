@@ -54,6 +54,8 @@ METRICS: dict[str, Metric] = {
     "decode_step_ms": Metric(),
     "bare_replay_ms": Metric(),
     "overhead": Metric(tolerance=0.03),  # a quotient of the same minutes: the drift cancels
+    "decode_phase_ms": Metric(),
+    "decode_phase_overhead": Metric(tolerance=0.03),
     "busy_ms": Metric(),
     "busy": Metric(tolerance=0.03, higher_is_better=True),
     "host_us": Metric(tolerance=0.2, floor=3.0),

@@ -10,13 +10,12 @@ bucket and one prefill bucket. What fails is recorded, and the rest goes on; the
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,7 +26,7 @@ import torch
 from bench.load import random_prompts, steady_decode, timed_generate, window
 from bench.method import Slope
 from bench.plan import Plan, parse
-from bench.provenance import provenance
+from bench.provenance import provenance, write_results
 from bench.replay import Contexts, hand_written_loop, inside, replay_back_to_back
 from bench.report import METHOD, Row, capture_summary, succeeded, table
 from bench.shapes import engine_config, write_config
@@ -148,17 +147,18 @@ class _Run:
         self._rows.append(row)
         with self._engine("cudagraph", batch, depth) as engine:
             timed_generate(engine, prompts, max(short // 2, 2))  # warm
-            shorts: list[float] = []
-            longs: list[float] = []
+            whole: tuple[list[float], list[float]] = ([], [])
+            phases: tuple[list[float | None], list[float | None]] = ([], [])
             bare: list[float] = []
             differing: list[int] = []
             for _ in range(plan.repeats):
-                for tokens, seconds in ((short, shorts), (long, longs)):
-                    taken, given = timed_generate(engine, prompts, tokens)
-                    seconds.append(taken)
-                    differing.append(_differing(given, expected))
+                for tokens, seconds, decode_seconds in zip((short, long), whole, phases, strict=True):
+                    timed = timed_generate(engine, prompts, tokens)
+                    seconds.append(timed.seconds)
+                    decode_seconds.append(timed.decode_seconds)
+                    differing.append(_differing(timed.token_ids, expected))
                 bare.append(replay_back_to_back(inside(engine), contexts, long - short)[0])
-            slope = Slope((short, long), shorts, longs)
+            slope, phase = Slope((short, long), *whole), _phase_slope((short, long), *phases)
             bare_ms = statistics.median(bare)
             row |= {
                 "decode_step_ms": slope.step_ms,
@@ -166,9 +166,12 @@ class _Run:
                 "overhead": slope.step_ms / bare_ms,
                 "tokens_per_s": batch / slope.step_ms * 1e3,
                 "runs_with_other_tokens_than_eager": sum(count > 0 for count in differing),
-                "samples": slope.samples()
-                | {"bare_replay_ms": bare, "requests_with_other_tokens_than_eager": differing},
             }
+            samples: Row = {**slope.samples()}
+            if phase is not None:
+                row |= {"decode_phase_ms": phase.step_ms, "decode_phase_overhead": phase.step_ms / bare_ms}
+                samples |= phase.samples("decode")
+            row["samples"] = samples | {"bare_replay_ms": bare, "requests_with_other_tokens_than_eager": differing}
             self._save(self.results)
             load = f"batch {batch}, prompts of {prompt}, depth {depth}"
             self._try(f"windows of {load}", partial(self._windows, row, engine, prompts))
@@ -183,12 +186,15 @@ class _Run:
             short, long = self._plan.tokens_for(batch, prompt)
             with self._engine("eager", batch, depth=1) as engine:
                 timed_generate(engine, prompts, 2)
-                short_s, _ = timed_generate(engine, prompts, short)
-                long_s, self._eager[batch, prompt] = timed_generate(engine, prompts, long)
-            slope = Slope((short, long), [short_s], [long_s])
-            self._eager_rows.append(
-                {"batch": batch, "prompt_tokens": prompt, "decode_step_ms": slope.step_ms, "samples": slope.samples()}
-            )
+                runs = [timed_generate(engine, prompts, tokens) for tokens in (short, long)]
+            self._eager[batch, prompt] = runs[1].token_ids
+            slope = Slope((short, long), *([run.seconds] for run in runs))
+            phase = _phase_slope((short, long), *([run.decode_seconds] for run in runs))
+            row: Row = {"batch": batch, "prompt_tokens": prompt, "decode_step_ms": slope.step_ms}
+            if phase is not None:
+                row["decode_phase_ms"] = phase.step_ms
+            row["samples"] = slope.samples() | (phase.samples("decode") if phase is not None else {})
+            self._eager_rows.append(row)
         return self._eager[batch, prompt]
 
     def _windows(self, row: Row, engine: Engine, prompts: list[list[int]]) -> None:
@@ -254,6 +260,14 @@ def _engine_over(parts: Assembly, config: EngineConfig, backend: BackendConfig) 
         yield engine
 
 
+def _phase_slope(
+    tokens: tuple[int, int], short_s: Sequence[float | None], long_s: Sequence[float | None]
+) -> Slope | None:
+    """The slope of `decode_seconds`; None where those of a run are not known."""
+    known = ([seconds for seconds in each if seconds is not None] for each in (short_s, long_s))
+    return None if None in (*short_s, *long_s) else Slope(tokens, *known)
+
+
 def _differing(given: list[list[int]], expected: list[list[int]]) -> int:
     """Requests whose tokens are not the beginning of those expected."""
     return sum(own != other[: len(own)] for own, other in zip(given, expected, strict=True))
@@ -264,8 +278,7 @@ def main(arguments: list[str]) -> int:
 
     def save(results: Row) -> None:
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            write_results(path, results)
 
     results = measure(plan, ["python", "-m", "bench.decode", *arguments], save)
     print(table(results))

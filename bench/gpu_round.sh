@@ -5,7 +5,7 @@
 #   bench, bench-8b               decode steps at every batch and depth, by shape; capture
 #   context, context-8b           the same with prompts of 1,000 and 8,000 tokens
 #   startup                       process start to first token, by compile mode, cold and warm
-#   kernels                       attention over splits and tiles, sampling by variant
+#   kernels                       attention and products over tiles, sampling by variant
 #   calls                         what the host, the driver and single replays cost (pytest-benchmark)
 #   peer-unpack                   puts away what lies in .peer/a and .peer/b (bench/peers/vllm/pack.sh), and sets vLLM up
 #                                 once both have come: they are too large to travel together
@@ -82,12 +82,12 @@ tests() {
   elif ! command -v compute-sanitizer >/dev/null; then
     echo "== memcheck: there is no compute-sanitizer"
   else
-    # A few launches of every kernel that moves slot state or attends. Allocations are not cached, or an access beyond
+    # A few launches of every kernel that moves slot state, attends or multiplies. Allocations are not cached, or an access beyond
     # one of them would fall into its neighbour unseen.
     may_run_out=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "memcheck" 150 compute-sanitizer --tool memcheck --error-exitcode 9 \
       --target-processes application-only --log-file "$OUT/memcheck.log" python3 -m pytest -q -x \
-      tests/gpu/test_kernel_step_state.py tests/gpu/test_attention_kernels.py \
-      -k "hundreds_of_slots or every_combination_of_flags or counter_wraps or split_without_work"
+      tests/gpu/test_kernel_step_state.py tests/gpu/test_attention_kernels.py tests/gpu/test_linear.py \
+      -k "hundreds_of_slots or every_combination_of_flags or counter_wraps or split_without_work or sides_of_the_limit"
     tail -n 20 "$OUT/memcheck.log" 2>/dev/null
   fi
 }
@@ -110,7 +110,8 @@ startup() {
 }
 
 kernels() {
-  part "attention" 250 python3 -m bench.attention_sweep --minutes 3.5 --json "$OUT/attention.json"
+  part "attention" 170 python3 -m bench.attention_sweep --minutes 2.5 --json "$OUT/attention.json"
+  part "linear" 150 python3 -m bench.linear_sweep --minutes 2 --json "$OUT/linear.json"
   part "sampling" 120 python3 -m bench.sampling_sweep --json "$OUT/sampling.json"
 }
 

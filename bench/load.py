@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from bench.method import random_prompts
-from graphexec import Engine, SamplingParams
+from graphexec import Engine, RequestError, RequestOutput, SamplingParams
 
-__all__ = ["Window", "greedy", "random_prompts", "steady_decode", "timed_generate", "window"]
+__all__ = ["Timed", "Window", "greedy", "random_prompts", "steady_decode", "timed_generate", "window"]
 
 _SETTLING_STEPS = 8  # more than the deepest pipeline
 
@@ -20,20 +20,68 @@ def greedy(tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
 
 
-def timed_generate(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, list[list[int]]]:
-    """Seconds that `generate` took, and what it gave.
+@dataclass(frozen=True)
+class Timed:
+    """A run of some prompts together.
+
+    Attributes:
+        seconds: from before the first request is added until the last token of the last one is there.
+        decode_seconds: of them, those after the last prompt was computed: after the first step was collected in which
+            every request has an output. None if there is no such step before the run's end.
+        token_ids: what each prompt got, in their order.
+    """
+
+    seconds: float
+    decode_seconds: float | None
+    token_ids: list[list[int]]
+
+
+def timed_generate(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> Timed:
+    """Runs the prompts to their end in an engine that has nothing else to do, as `Engine.generate` does.
+
+    The clock of `decode_seconds` starts with as many steps in flight in a short run as in a long one, and both end with
+    none: the slope between them is of decode steps alone.
 
     Raises:
         RuntimeError: a request did not get its tokens.
     """
+    params = greedy(tokens)
+    last: dict[str, RequestOutput] = {}
+    all_decode: float | None = None
     started = time.perf_counter()
-    outputs = engine.generate(list(prompts), greedy(tokens))
-    seconds = time.perf_counter() - started
-    given = [output.token_ids for output in outputs]
-    short = next((output for output, ids in zip(outputs, given, strict=True) if len(ids) != tokens), None)
-    if short is not None:
-        raise RuntimeError(f"A request ended after {len(short.token_ids)} of {tokens} tokens: {short.error or short}.")
-    return seconds, given
+    try:
+        request_ids = [engine.add_request(prompt, params) for prompt in prompts]
+    except RequestError as refusal:
+        _run_out(engine)
+        raise RuntimeError(f"A request was refused: {refusal}") from refusal
+    while engine.has_unfinished():
+        outputs = engine.step()
+        if all_decode is None and _go_on_together(outputs, len(prompts)):
+            all_decode = time.perf_counter()
+        for output in outputs:
+            if output.finished:
+                last[output.request_id] = output
+    ended = time.perf_counter()
+    given = [last[request_id].token_ids for request_id in request_ids]
+    for request_id, ids in zip(request_ids, given, strict=True):
+        if len(ids) != tokens:
+            short = last[request_id]
+            raise RuntimeError(f"A request ended after {len(ids)} of {tokens} tokens: {short.error or short}.")
+    return Timed(ended - started, None if all_decode is None else ended - all_decode, given)
+
+
+def _go_on_together(outputs: Sequence[RequestOutput], batch: int) -> bool:
+    """Whether these are one step's outputs for every request, and more steps are to come.
+
+    The call that ends a run may collect several steps: as many outputs then need not be of one step, nor of all.
+    """
+    one_each = len(outputs) == batch == len({each.request_id for each in outputs})
+    return one_each and not all(each.finished for each in outputs)
+
+
+def _run_out(engine: Engine) -> None:
+    while engine.has_unfinished():
+        engine.step()
 
 
 @contextmanager
@@ -57,8 +105,7 @@ def steady_decode(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int)
     try:
         yield
     finally:
-        while engine.has_unfinished():
-            engine.step()
+        _run_out(engine)
 
 
 @dataclass(frozen=True)

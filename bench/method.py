@@ -55,8 +55,9 @@ class Slope:
         short, long = self.tokens
         return (statistics.median(self.long_s) - statistics.median(self.short_s)) / (long - short) * 1e3
 
-    def samples(self) -> dict[str, list[float]]:
-        return {"short_run_s": list(self.short_s), "long_run_s": list(self.long_s)}
+    def samples(self, part: str = "run") -> dict[str, list[float]]:
+        """The seconds by name, "short_run_s" and "long_run_s"; `part` says of what else than whole runs they are."""
+        return {f"short_{part}_s": list(self.short_s), f"long_{part}_s": list(self.long_s)}
 
 
 def lengths_for(tokens: tuple[int, int], batch: int, prompt: int, tokens_per_step: int) -> tuple[int, int]:

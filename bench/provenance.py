@@ -1,21 +1,24 @@
-"""Where a result comes from: commit, versions, device, command, and the round that it shares with others."""
+"""Where a result comes from (commit, versions, device, command, the round that it shares with others), and its file."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import re
 import shlex
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
-__all__ = ["provenance"]
+__all__ = ["provenance", "write_results"]
 
 _PACKAGES = ("torch", "triton", "transformers", "cuda-python", "cuda-bindings", "numpy", "pytest-benchmark", "vllm")
 _FOLDERS = re.compile(r"(?:(?<==)|^)/(?:[^/]*/)*")  # of an absolute path: no fact about what was measured
+_NUMBERS = re.compile(r"\[\s+(-?[\d.e+-]+(?:,\s+-?[\d.e+-]+)*)\s+\]")
 
 
 def provenance(command: list[str], device: torch.device) -> dict[str, object]:
@@ -35,6 +38,13 @@ def provenance(command: list[str], device: torch.device) -> dict[str, object]:
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
         | {name: _version(name) for name in _PACKAGES},
     }
+
+
+def write_results(path: Path, results: dict[str, object]) -> None:
+    """Writes a results file as JSON, with a list of numbers, such as samples, on one line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = _NUMBERS.sub(lambda numbers: f"[{' '.join(numbers[1].split())}]", json.dumps(results, indent=1))
+    path.write_text(text + "\n")
 
 
 def _commit() -> str:

@@ -9,12 +9,17 @@ __all__ = ["METHOD", "Row", "capture_summary", "succeeded", "table"]
 Row = dict[str, object]
 
 METHOD = {
-    "decode_step_ms": "(median seconds of the long runs - median of the short ones) / difference in tokens. A run is "
-    "Engine.generate over all prompts at once, so everything is in it: scheduling, launches, copies, collection.",
+    "decode_step_ms": "(median seconds of the long runs - median of the short ones) / difference in tokens. A run "
+    "takes all prompts at once and ends when the last token of the last request is on the host, so everything is in "
+    "it: scheduling, launches, copies, collection.",
     "bare_replay_ms": "the graph of the same backend, as many replays as the long run has more tokens, all enqueued at "
     "once, between two events. The slots start with the context of a short run's end and grow by one token a replay, "
     "as in the run: the same contexts, over the KV blocks that the run has filled. Taken after each long run; median.",
     "overhead": "decode_step_ms / bare_replay_ms",
+    "decode_phase_ms": "the slope of the same runs with clocks that start when the last prompt has been computed: when "
+    "the first step is collected in which every request has an output. What comes before varies from run to run, "
+    "and is not in it. Left out where the requests never all had an output in the same step.",
+    "decode_phase_overhead": "decode_phase_ms / bare_replay_ms",
     "host_us": "difference of Engine.stats().host_us over a window of a run in which every request decodes, by steps: "
     "host time of the step loop, waits excluded. Median of the windows. wait_us and step_us: the same windows.",
     "bubble_us": "from a torch.profiler trace (CUPTI) of steady decode: from the end of the last kernel of a step "
@@ -66,14 +71,16 @@ def table(results: Row) -> str:
     """The figures of a results file as text."""
     columns = {
         "prompt_tokens": "prompt", "batch": "batch", "depth": "depth", "decode_step_ms": "step ms",
-        "bare_replay_ms": "bare ms", "overhead": "overhead", "host_us": "host us", "wait_us": "wait us",
-        "bubble_us.p50": "bubble p50",
+        "bare_replay_ms": "bare ms", "overhead": "overhead", "decode_phase_overhead": "overhead, decode alone",
+        "host_us": "host us", "wait_us": "wait us", "bubble_us.p50": "bubble p50",
         "bubble_us.p99": "p99 us", "busy": "busy", "hand_written_ms": "by hand ms",
         "runs_with_other_tokens_than_eager": "runs != eager",
     }  # fmt: skip
-    rows = [list(columns.values())]
     decode = results["decode"]
     assert isinstance(decode, list)
+    if not any("decode_phase_overhead" in row for row in decode):  # a file of before it was measured
+        del columns["decode_phase_overhead"]
+    rows = [list(columns.values())]
     rows += [[_shown(_look_up(row, name)) for name in columns] for row in decode]
     lines = _aligned(rows)
     eager = results["eager"]

@@ -8,7 +8,6 @@ Several copies of the logits take turns, so that the cache does not serve what a
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench.provenance import provenance
+from bench.provenance import provenance, write_results
 from graphexec.kernels.sample import SampleOutput, SamplerVariant, SamplingState, sample
 
 VOCABULARY = 151_936
@@ -137,7 +136,7 @@ def main() -> None:
             "repeats": REPEATS,
             "timings": [asdict(timing) for timing in timings],
         }
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        write_results(path, record)
 
 
 if __name__ == "__main__":

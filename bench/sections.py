@@ -13,6 +13,8 @@ __all__ = ["SECTIONS", "figures"]
 
 _OURS_DEPTH = 1
 """The depth that is compared with peers: the default."""
+_DECODE_ALONE = {"decode_phase_overhead": "overhead, decode alone"}
+"""A column that files of before it was measured do not have."""
 
 
 def decode(committed: Committed) -> list[str]:
@@ -21,7 +23,10 @@ def decode(committed: Committed) -> list[str]:
         lines += _heading(results, f"prompts of {_prompts(results)} tokens")
         depths = sorted({row["depth"] for row in results["decode"]})
         main = _OURS_DEPTH if _OURS_DEPTH in depths else depths[0]
-        head = ["batch", *(f"step ms, depth {depth}" for depth in depths), "bare replay ms", "overhead", "host µs"]
+        at_main = [row for row in results["decode"] if row["depth"] == main]
+        columns = {"bare_replay_ms": "bare replay ms", "overhead": "overhead", **_DECODE_ALONE, "host_us": "host µs"}
+        columns = _measured(columns, at_main)
+        head = ["batch", *(f"step ms, depth {depth}" for depth in depths), *columns.values()]
         head += ["bubble µs, p50 / p99", "busy", "by hand ms", "eager ms"]
         eager = {(row["prompt_tokens"], row["batch"]): row["decode_step_ms"] for row in results["eager"]}
         body = []
@@ -29,7 +34,7 @@ def decode(committed: Committed) -> list[str]:
             row = by_depth.get(main, {})
             by_hand = next((each["hand_written_ms"] for each in by_depth.values() if "hand_written_ms" in each), None)
             steps = [by_depth.get(depth, {}).get("decode_step_ms") for depth in depths]
-            cells = [*steps, row.get("bare_replay_ms"), row.get("overhead"), row.get("host_us")]
+            cells = [*steps, *map(row.get, columns)]
             body.append([shown(load[1]), *map(shown, cells), _bubble(row), shown(row.get("busy")), shown(by_hand)])
             body[-1].append(shown(eager.get(load)))
         lines += [*_table(head, body), "", f"From overhead to busy: at depth {main}.", "", _image(f"{name}.png"), ""]
@@ -40,18 +45,12 @@ def context(committed: Committed) -> list[str]:
     lines: list[str] = []
     for results in committed.kind("context").values():
         lines += _heading(results, "long prompts")
-        head = ["prompt", "batch", "depth", "step ms", "bare replay ms", "overhead", "busy", "by hand ms"]
-        names = (
-            "prompt_tokens",
-            "batch",
-            "depth",
-            "decode_step_ms",
-            "bare_replay_ms",
-            "overhead",
-            "busy",
-            "hand_written_ms",
-        )
-        lines += [*_table(head, [[shown(row.get(name)) for name in names] for row in results["decode"]]), ""]
+        columns = {"prompt_tokens": "prompt", "batch": "batch", "depth": "depth", "decode_step_ms": "step ms"}
+        columns |= {"bare_replay_ms": "bare replay ms", "overhead": "overhead", **_DECODE_ALONE}
+        columns |= {"busy": "busy", "hand_written_ms": "by hand ms"}
+        columns = _measured(columns, results["decode"])
+        body = [[shown(row.get(name)) for name in columns] for row in results["decode"]]
+        lines += [*_table(list(columns.values()), body), ""]
         lines += [*(f"- Left out: {reason}." for reason in results["skipped"]), *_not_reached(results), ""]
     return lines
 
@@ -227,6 +226,13 @@ def _beside(steps: dict[tuple[int, int], float], ours: dict[tuple[int, int], flo
         return "-"
     quotient = f" ({steps[load] / ours[load]:.2f})" if load in ours and steps is not ours else ""
     return shown(steps[load]) + quotient
+
+
+def _measured(columns: dict[str, str], rows: Sequence[Results]) -> dict[str, str]:
+    """The columns by name of their figure, without that of `_DECODE_ALONE` where no row has it."""
+    return {
+        name: head for name, head in columns.items() if name not in _DECODE_ALONE or any(name in row for row in rows)
+    }
 
 
 def _bubble(row: Results) -> str:

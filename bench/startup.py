@@ -26,7 +26,7 @@ import torch
 
 from bench.load import timed_generate
 from bench.method import STARTED, TOKENS, integers, measure_slope, random_prompts, seconds_since_start
-from bench.provenance import provenance
+from bench.provenance import provenance, write_results
 from bench.shapes import SHAPES, engine_config, write_config
 from graphexec import BackendConfig, Engine
 from graphexec.config import CompileMode, Device
@@ -183,8 +183,7 @@ def measure(given: argparse.Namespace, command: list[str]) -> Row:
                 errors.append({"part": f"compile={mode}", "error": str(failure)})
             results["saved_s"] = _saved(rows)
             if given.json is not None:
-                given.json.parent.mkdir(parents=True, exist_ok=True)
-                given.json.write_text(json.dumps(results, indent=1) + "\n")
+                write_results(given.json, results)
     return results
 
 

@@ -6,7 +6,6 @@ A peer is handed prompts and gives tokens; everything between is in its step, as
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import traceback
@@ -27,7 +26,7 @@ from bench.method import (
     random_prompts,
     seconds_since_start,
 )
-from bench.provenance import provenance
+from bench.provenance import provenance, write_results
 from bench.shapes import SHAPES, Shape
 from bench.trace import device_spans, kernel_ns
 
@@ -121,8 +120,7 @@ def run_peer(load: Load, make: Callable[[Load], Peer], command: list[str], path:
 
     def save(results: Results) -> None:
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            write_results(path, results)
 
     results = measure_peer(load, make, command, save)
     rows, errors = results["decode"], results["errors"]

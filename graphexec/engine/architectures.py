@@ -10,6 +10,7 @@ from torch import nn
 
 from graphexec.errors import ConfigError
 from graphexec.kernels.attention import paged_attention_op
+from graphexec.kernels.linear import linear_op
 
 __all__ = ["EXERCISED_BLOCKS", "SUPPORTED", "Decoder", "PagedAttention", "check_supported", "swap_modules"]
 
@@ -86,6 +87,23 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(hidden.dtype)
 
 
+class Projection(nn.Module):
+    """A linear layer, several of them side by side if they have the same inputs."""
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        super().__init__()
+        self.weight = _merged(*(layer.weight for layer in layers))
+        self.bias = None if layers[0].bias is None else _merged(*(layer.bias for layer in layers))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = linear_op(inputs, self.weight, self.bias)
+        return out
+
+
+def _merged(first: torch.Tensor, *others: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.cat([first, *others]) if others else first, requires_grad=False)
+
+
 class PagedAttention(nn.Module):
     """Attention over the paged KV cache, with one projection for q, k and v.
 
@@ -99,8 +117,8 @@ class PagedAttention(nn.Module):
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_dim = head_dim(config)
         self.scale = float(source.scaling)
-        self.qkv_proj = _merge([source.q_proj, source.k_proj, source.v_proj])
-        self.o_proj = source.o_proj
+        self.qkv_proj = Projection(source.q_proj, source.k_proj, source.v_proj)
+        self.o_proj = Projection(source.o_proj)
         self.q_norm = source.q_norm.weight if hasattr(source, "q_norm") else None
         self.k_norm = source.k_norm.weight if hasattr(source, "k_norm") else None
         self.norm_eps = float(config.rms_norm_eps)
@@ -143,8 +161,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, source: Any) -> None:
         super().__init__()
-        self.gate_up_proj = _merge([source.gate_proj, source.up_proj])
-        self.down_proj = source.down_proj
+        self.gate_up_proj = Projection(source.gate_proj, source.up_proj)
+        self.down_proj = Projection(source.down_proj)
         self.activation: Callable[[torch.Tensor], torch.Tensor] = source.act_fn
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -153,17 +171,8 @@ class GatedMLP(nn.Module):
         return out
 
 
-def _merge(layers: list[nn.Linear]) -> nn.Linear:
-    merged = nn.Linear(1, 1, bias=layers[0].bias is not None, device="meta")
-    merged.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
-    merged.in_features, merged.out_features = merged.weight.shape[1], merged.weight.shape[0]
-    if layers[0].bias is not None:
-        merged.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
-    return merged
-
-
 def swap_modules(model: Any) -> None:
-    """Puts our attention, MLP and norms into the layers of a transformers model, in place, freeing theirs."""
+    """Puts our attention, MLP, norms and projections into a transformers model, in place, freeing theirs."""
     config = model.config
     for layer in model.model.layers:
         layer.self_attn = PagedAttention(layer.self_attn, config)
@@ -171,6 +180,7 @@ def swap_modules(model: Any) -> None:
         layer.input_layernorm = RMSNorm(layer.input_layernorm.weight, config.rms_norm_eps)
         layer.post_attention_layernorm = RMSNorm(layer.post_attention_layernorm.weight, config.rms_norm_eps)
     model.model.norm = RMSNorm(model.model.norm.weight, config.rms_norm_eps)
+    model.lm_head = Projection(model.lm_head)
 
 
 class RotaryTable(nn.Module):

@@ -19,7 +19,7 @@ from graphexec.engine.loader import load_config, load_model, load_tokenizer, mod
 from graphexec.engine.program import DecoderProgram
 from graphexec.engine.resolve import ResolvedConfig, kv_block_bytes, resolve
 from graphexec.errors import ConfigError
-from graphexec.kernels.lang import settle_cache_folder
+from graphexec.kernels.lang import launches_early, settle_cache_folder
 from graphexec.runtime import Runtime, create_runtime
 from graphexec.slots import SlotLimits
 
@@ -103,12 +103,17 @@ def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
 
 
 def compile_decoder(decoder: Decoder, mode: CompileMode, compiler: Compiler = "inductor") -> None:
-    """Compiles the decoder in place: two compilations, for one row and for several, since no number is read inside."""
-    if mode == "model":
-        decoder.compile(backend=compiler, dynamic=True, fullgraph=True)
-    elif mode == "layer":
-        for layer in decoder.layers:
-            layer.compile(backend=compiler, dynamic=True, fullgraph=True)
+    """Compiles the decoder in place: two compilations, for one row and for several, since no number is read inside.
+
+    Where our kernels begin early, inductor's do, too, so that the layers of a small step are one chain of such
+    launches. inductor keeps the rules of `wait_for_predecessor`: a kernel waits before it reads what the one in front
+    of it wrote, before it writes, and before it lets the next one begin.
+    """
+    modules = {"model": [decoder], "layer": list(decoder.layers), "off": []}[mode]
+    early = compiler == "inductor" and launches_early(decoder.embed_tokens.weight)
+    options = {"triton.enable_pdl": True} if early else None
+    for module in modules:
+        module.compile(backend=compiler, dynamic=True, fullgraph=True, options=options)
 
 
 def allocate_caches(decoder: Decoder, num_blocks: int, block_size: int) -> None:

@@ -12,19 +12,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from graphexec.kernels import paged_decode, rope_write
+from graphexec.kernels import linear, paged_decode, rope_write
 
 _HEADS = {"NUM_KV_HEADS": 8, "BLOCK_SIZE": 16, "HEAD_DIM": 128}
 _WORK = {"GROUP": 2, "GROUP_PADDED": 16, "HEAD_DIM_PADDED": 128, "BLOCK_N": 32, "EARLY": True}
 _NO_SPLIT = {"partial_out": None, "partial_lse": None, "SPLIT": False}
 _COMBINE = {"NUM_HEADS": 16, "HEAD_DIM": 128, "HEAD_DIM_PADDED": 128, "SPLITS_PADDED": 32, "BLOCK_N": 32, "EARLY": True}
 _ROPE = {"NUM_HEADS": 16, "HALF_PADDED": 64, "TILE_HEADS": 8, "HAS_NORM": True, "EARLY": True}
+_LINEAR = {"WARP_K": 256, "WARPS": 4, "HAS_BIAS": False, "bias": None, "EARLY": True}
 
 KERNELS = {
     "decode": (paged_decode._decode_kernel, _HEADS | _WORK | _NO_SPLIT, 1),
     "decode, split": (paged_decode._decode_kernel, _HEADS | _WORK | {"SPLIT": True}, 1),
     "combine": (paged_decode._combine_kernel, _COMBINE, 4),
     "rope_write": (rope_write._rope_write_kernel, _HEADS | _ROPE, 2),
+    "linear, vectors": (linear._vectors_kernel, _LINEAR | {"ROWS_PADDED": 2, "TILE_N": 4}, 4),
+    "linear, rows": (linear._rows_kernel, _LINEAR | {"ROWS_PADDED": 8, "TILE_N": 16}, 4),
 }
 """Kernel, constants, warps."""
 
@@ -39,6 +42,9 @@ TYPES = {
     "norm_eps": "fp32",
     "max_blocks": "i32",
     "num_splits": "i32",
+    "rows": "i32",
+    "N": "i32",
+    "K": "i32",
 }
 """Of the arguments that are not bfloat16 tensors."""
 
@@ -48,7 +54,8 @@ def ptx(name: str) -> str:
     names = kernel.arg_names
     signature = {each: "constexpr" if each in constants else TYPES.get(each, "*bf16") for each in names}
     values = {(names.index(each),): value for each, value in constants.items()}
-    aligned = {(place,): [["tt.divisibility", 16]] for place, each in enumerate(names) if "*" in signature[each]}
+    by_16 = {each for each in names if "*" in signature[each]} | {"N", "K"}
+    aligned = {(place,): [["tt.divisibility", 16]] for place, each in enumerate(names) if each in by_16}
     source = ASTSource(kernel, signature, values, aligned)
     options = {"num_warps": num_warps, "num_stages": 2, "launch_pdl": True}
     return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])

@@ -25,6 +25,8 @@ DECODE: Results = FACTS | {
             "depth": depth,
             "decode_step_ms": 1.6 + batch / 100,
             "overhead": 1.02,
+            "decode_phase_ms": 1.58 + batch / 100,
+            "decode_phase_overhead": 1.01,
             "busy": 0.97,
             "host_us": 200.0,
             "bubble_us": {"p50": 1.0, "p99": 4.0},
@@ -96,7 +98,7 @@ def test_the_figures_of_a_file_are_found_by_row_and_name() -> None:
     assert figures["decode, prompt_tokens 128, batch 64, depth 1", "bubble_us.p99"] == 4.0
     assert figures["eager, prompt_tokens 128, batch 1", "decode_step_ms"] == 9.0
     assert figures["capture of the ladder, again, greedy", "pool_mib"] == 150.0
-    assert len(figures) == 4 * 7 + 1 + 4 + 3
+    assert len(figures) == 4 * 9 + 1 + 4 + 3
     assert figures_of(BENCHMARKS)["test_engine_step[64]", "host_us"] == 80.0
     assert figures_of(BENCHMARKS)["test_controller_step[64]", "median_us"] == pytest.approx(30)
     assert ("start, compile layer, cold, number 1", "compile_s") not in figures_of(STARTUP)
@@ -163,6 +165,23 @@ def test_a_new_row_is_told_and_passes(write: Write, capsys: pytest.CaptureFixtur
     row = DECODE["decode"][0] | {"depth": 2}
     assert main([write("old", DECODE), write("new", changed(DECODE, lambda new: new["decode"].append(row)))]) == 0
     assert "new      decode, prompt_tokens 128, batch 1, depth 2: overhead 1.02" in capsys.readouterr().out
+
+
+def test_a_figure_that_is_new_in_its_row_is_told_and_passes(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    older = changed(DECODE, lambda old: [row.pop("decode_phase_overhead") for row in old["decode"]])
+    assert main([write("old", older), write("new", DECODE)]) == 0
+    line = "new      decode, prompt_tokens 128, batch 64, depth 1: decode_phase_overhead 1.01"
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["overhead", "decode_phase_overhead"])
+def test_an_overhead_that_grows_beyond_three_per_cent_is_a_regression(name: str, write: Write) -> None:
+    old = write("old", DECODE)
+    for growth, code in ((1.02, 0), (1.04, 1)):
+        new = changed(
+            DECODE, lambda new, growth=growth: new["decode"][3].update({name: new["decode"][3][name] * growth})
+        )
+        assert main([old, write("new", new)]) == code
 
 
 def test_another_device_is_noted(write: Write, capsys: pytest.CaptureFixture[str]) -> None:

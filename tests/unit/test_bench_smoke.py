@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import bench.decode
-from bench.load import random_prompts, steady_decode, window
+import bench.load
+from bench.load import Timed, greedy, random_prompts, steady_decode, timed_generate, window
 from bench.provenance import provenance
 from bench.report import table
 from bench.shapes import SHAPES, engine_config, write_config
 from bench.trace import Span, StepGaps, step_gaps
-from graphexec import BackendConfig, Engine
+from graphexec import BackendConfig, Engine, RequestOutput
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--shape", "tiny", "--batch", "1,2", "--tokens", "8,24", "--device", "cpu"]
@@ -46,10 +50,16 @@ def test_a_small_run_on_the_cpu_gives_every_figure(
     assert results["command"].startswith("python -m bench.decode --shape tiny")
     assert [(row["depth"], row["batch"]) for row in results["decode"]] == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert [(row["batch"], len(row["samples"]["long_run_s"])) for row in results["eager"]] == [(1, 1), (2, 1)]
+    assert all("decode_phase_ms" in row and "long_decode_s" in row["samples"] for row in results["eager"])
     for row in results["decode"]:
         assert row["runs_with_other_tokens_than_eager"] == 0
+        samples = row["samples"]
         assert row["overhead"] == pytest.approx(row["decode_step_ms"] / row["bare_replay_ms"])
-        assert len(row["samples"]["long_run_s"]) == len(row["samples"]["bare_replay_ms"]) == len(row["windows"]) == 3
+        phase_s = statistics.median(samples["long_decode_s"]) - statistics.median(samples["short_decode_s"])
+        assert row["decode_phase_ms"] == pytest.approx(phase_s / 16 * 1e3)
+        assert row["decode_phase_overhead"] == pytest.approx(row["decode_phase_ms"] / row["bare_replay_ms"])
+        assert all(part < whole for part, whole in zip(samples["long_decode_s"], samples["long_run_s"], strict=True))
+        assert len(samples["long_run_s"]) == len(samples["bare_replay_ms"]) == len(row["windows"]) == 3
         assert row["host_us"] > 0
         assert row["wait_us"] > 0
     assert {name: set(entry["variants"]) for name, entry in results["capture"].items()} == {
@@ -59,7 +69,110 @@ def test_a_small_run_on_the_cpu_gives_every_figure(
     assert [(entry["bucket"], entry["pool_mib"]) for entry in greedy["by_bucket"]] == [(2, 0.0), (1, 0.0)]
     printed = capsys.readouterr().out
     assert printed.strip() == table(results)
-    assert "overhead" in printed
+    assert "  overhead  overhead, decode alone  host us" in printed
+
+
+def test_the_table_has_the_decode_alone_exactly_if_a_row_has_it() -> None:
+    row = {"batch": 1, "prompt_tokens": 12, "depth": 1, "decode_step_ms": 1.5, "bare_replay_ms": 1.0, "overhead": 1.5}
+    results = {"decode": [row, row], "eager": [], "capture": {}, "skipped": [], "errors": []}
+    assert "  bare ms  overhead  host us" in table(results)
+    lines = table(results | {"decode": [row, row | {"decode_phase_overhead": 1.25}]}).splitlines()
+    assert "  overhead  overhead, decode alone  host us" in lines[0]
+    assert [line.split()[5:7] for line in lines[1:]] == [["1.5", "-"], ["1.5", "1.25"]]
+
+
+class Clock:
+    """What bench.load reads as the time: a millisecond a step, and more while a request waits for its first output.
+
+    Attributes:
+        now: seconds.
+        prompt_s: how much more, seconds.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.prompt_s = 0.0
+        waiting: set[str] = set()
+        add_request, step = Engine.add_request, Engine.step
+
+        def noted(engine: Engine, *arguments: Any) -> str:
+            request_id = add_request(engine, *arguments)
+            waiting.add(request_id)
+            return request_id
+
+        def timed(engine: Engine) -> list[RequestOutput]:
+            self.now += 0.001 + (self.prompt_s if waiting else 0)
+            outputs = step(engine)
+            waiting.difference_update(output.request_id for output in outputs)
+            return outputs
+
+        monkeypatch.setattr(Engine, "add_request", noted)
+        monkeypatch.setattr(Engine, "step", timed)
+        monkeypatch.setattr(bench.load, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
+def test_slow_prompts_in_the_long_runs_do_not_move_the_step_of_the_decode_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    clock = Clock(monkeypatch)
+
+    def slower_when_long(engine: Engine, prompts: list[list[int]], tokens: int) -> Timed:
+        clock.prompt_s = 0.2 if tokens == 24 else 0.0
+        return timed_generate(engine, prompts, tokens)
+
+    monkeypatch.setattr(bench.decode, "timed_generate", slower_when_long)
+    path = tmp_path / "decode.json"
+    few = ["--depth", "0,1,2", "--repeats", "1", "--no-captures"]
+    assert bench.decode.main([*TINY, *few, "--json", str(path)]) == 0
+    results = json.loads(path.read_text())
+    rows = [*results["decode"], *results["eager"]]
+    assert len(rows) == 3 * 2 + 2
+    for row in rows:
+        assert row["decode_phase_ms"] == pytest.approx(1.0)
+        assert row["decode_step_ms"] > 1.0 + 0.2 / 16 * 1e3 - 1e-6
+
+
+@pytest.fixture(params=[0, 1, 2], ids=lambda depth: f"depth {depth}")
+def engine(request: pytest.FixtureRequest, tmp_path: Path, one_thread: None) -> Iterator[Engine]:
+    shape = SHAPES["tiny"]
+    backend = BackendConfig(name="eager", overlap_depth=request.param)
+    with Engine(engine_config(shape, write_config(shape, tmp_path), backend, device="cpu")) as engine:
+        yield engine
+
+
+def test_a_timed_run_gives_what_generate_gives(engine: Engine) -> None:
+    prompts = random_prompts(2, 12, 256)
+    timed = timed_generate(engine, prompts, 8)
+    assert timed.decode_seconds is not None
+    assert 0 < timed.decode_seconds < timed.seconds
+    assert timed.token_ids == [output.token_ids for output in engine.generate(prompts, greedy(8))]
+
+
+def test_the_decode_phase_begins_with_the_first_output_of_the_last_prompt(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    clock.prompt_s = 5.0
+    depth = engine.config.backend.overlap_depth
+    timed = timed_generate(engine, random_prompts(2, 12, 256), 8)  # the prompts take two steps of 16 rows
+    calls = 7 - depth + (depth > 0)  # the last one collects all that is in flight
+    assert timed.decode_seconds == pytest.approx(calls * 0.001)
+    assert timed.seconds == pytest.approx((2 + depth) * 5.001 + calls * 0.001)
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(12, 1), (30, 2)])
+def test_requests_that_never_decode_together_have_no_decode_phase(engine: Engine, length: int, tokens: int) -> None:
+    timed = timed_generate(engine, random_prompts(2, length, 256), tokens)  # one at a time
+    assert timed.decode_seconds is None
+    assert list(map(len, timed.token_ids)) == [tokens, tokens]
+
+
+def test_a_request_that_ends_early_fails_the_run(engine: Engine) -> None:
+    with pytest.raises(RuntimeError, match="ended after 52 of 80 tokens"):
+        timed_generate(engine, random_prompts(2, 12, 256), 80)
+    with pytest.raises(RuntimeError, match="was refused: The prompt is empty"):
+        timed_generate(engine, [[5, 6], []], 8)
+    assert not engine.has_unfinished()
 
 
 def test_long_prompts_are_measured_where_their_keys_and_values_fit(tmp_path: Path, one_thread: None) -> None:
@@ -123,13 +236,11 @@ def test_a_part_that_fails_does_not_keep_the_next_from_running(
 
 
 def test_other_tokens_than_eager_fail_the_run(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    honest: Callable[..., tuple[float, list[list[int]]]] = bench.decode.timed_generate
-
-    def lying(engine: Engine, *arguments: object) -> tuple[float, list[list[int]]]:
-        seconds, given = honest(engine, *arguments)
+    def lying(engine: Engine, prompts: list[list[int]], tokens: int) -> Timed:
+        timed = timed_generate(engine, prompts, tokens)
         if engine.config.backend.name == "cudagraph":
-            given[-1][-1] += 1
-        return seconds, given
+            timed.token_ids[-1][-1] += 1
+        return timed
 
     monkeypatch.setattr(bench.decode, "timed_generate", lying)
     assert bench.decode.main([*TINY, "--depth", "1", "--repeats", "1", "--no-captures"]) == 1

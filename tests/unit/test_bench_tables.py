@@ -182,6 +182,30 @@ def test_the_decode_table_has_the_depths_side_by_side() -> None:
     assert lines[6] == "| 64 | - | 2.40 | 1.50 | 1.60 | 212 | 1.04 / 3.50 | 0.987 | 1.71 | - |"
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "with_it"),
+    [
+        (
+            "decode-qwen3-0.6b",
+            "decode",
+            "| 1 | 1.90 | 1.60 | 1.50 | 1.07 | 1.02 | 212 | 1.04 / 3.50 | 0.987 | 1.71 | 9.25 |",
+        ),
+        ("context-qwen3-0.6b", "context", "| 8,000 | 1 | 1 | 1.90 | 1.50 | 1.27 | 1.02 | 0.987 | 1.71 |"),
+    ],
+)
+def test_the_overhead_of_the_decode_alone_has_a_column_exactly_if_a_row_has_it(
+    name: str, kind: str, with_it: str
+) -> None:
+    assert "decode alone" not in section(kind)
+    first, *others = FILES[name]["decode"]
+    measured = FILES[name] | {"decode": [first | {"decode_phase_overhead": 1.02}, *others]}
+    lines = section(kind, FILES | {name: measured}).splitlines()
+    assert "| bare replay ms | overhead | overhead, decode alone | " in lines[3]
+    assert lines[5] == with_it
+    if kind == "decode":
+        assert lines[6] == "| 64 | - | 2.40 | 1.50 | 1.60 | - | 212 | 1.04 / 3.50 | 0.987 | 1.71 | - |"
+
+
 def test_peers_are_shown_with_their_quotient_and_their_handicap() -> None:
     text = section("peers")
     assert "| prompt | batch | graphexec | vllm 0.26.0 |" in text

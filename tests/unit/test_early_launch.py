@@ -29,9 +29,13 @@ def compiled() -> dict[str, str]:
         ("decode, split", 3),
         ("combine", 2),  # slot, position
         ("rope_write", 1),  # KV slot
+        ("linear, vectors", 4),  # weights of the first tile
+        ("linear, rows", 16),
     ],
 )
-def test_until_it_waits_a_kernel_reads_what_is_two_launches_old_and_writes_nothing(kernel: str, loads: int) -> None:
+def test_until_it_waits_a_kernel_reads_weights_or_what_is_two_launches_old_and_writes_nothing(
+    kernel: str, loads: int
+) -> None:
     lines = compiled()[kernel].splitlines()
     waits = [number for number, line in enumerate(lines) if "griddepcontrol.wait" in line]
     assert len(waits) == 1
@@ -40,7 +44,9 @@ def test_until_it_waits_a_kernel_reads_what_is_two_launches_old_and_writes_nothi
     assert not re.search(r"\bst\.|\bcp\.async|\batom\.|\bred\.|\bret;|\bexit;", before)
 
 
-@pytest.mark.parametrize("kernel", ["decode", "decode, split", "combine", "rope_write"])
+@pytest.mark.parametrize(
+    "kernel", ["decode", "decode, split", "combine", "rope_write", "linear, vectors", "linear, rows"]
+)
 def test_no_program_leaves_without_having_waited(kernel: str) -> None:
     """Else a launch could be over before its predecessor, and the next one would take both for finished."""
     lines = compiled()[kernel].splitlines()
