@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
@@ -37,7 +36,8 @@ def decode(committed: Committed) -> list[str]:
             cells = [*steps, *map(row.get, columns)]
             body.append([shown(load[1]), *map(shown, cells), _bubble(row), shown(row.get("busy")), shown(by_hand)])
             body[-1].append(shown(eager.get(load)))
-        lines += [*_table(head, body), "", f"From overhead to busy: at depth {main}.", "", _image(f"{name}.png"), ""]
+        lines += [*_table(head, body), "", f"From overhead to busy: at depth {main}.", "", *_left_out(results), ""]
+        lines += [_image(f"{name}.png"), ""]
     return lines
 
 
@@ -51,21 +51,25 @@ def context(committed: Committed) -> list[str]:
         columns = _measured(columns, results["decode"])
         body = [[shown(row.get(name)) for name in columns] for row in results["decode"]]
         lines += [*_table(list(columns.values()), body), ""]
-        lines += [*(f"- Left out: {reason}." for reason in results["skipped"]), *_not_reached(results), ""]
+        lines += [*_left_out(results), ""]
     return lines
 
 
-def _not_reached(results: Results) -> list[str]:
-    """Planned loads of which a results file knows nothing, since its round was cut off."""
+def _left_out(results: Results) -> list[str]:
+    """Loads that were skipped for a reason, and those of the plan of which the file knows nothing: it was cut off."""
+    reasons = [reason for reason in results["skipped"] if ": " in reason]
     plan = results["plan"]
-    known = {(row["prompt_tokens"], row["batch"]) for row in results["decode"]}
-    return [
-        f"- Not measured: batch {batch}, prompts of {prompt}: the round ended before."
+    known = {(row["prompt_tokens"], row["batch"], row["depth"]) for row in results["decode"]}
+    missing = [
+        f"batch {batch}, prompts of {prompt}, depth {depth}"
+        for depth in plan["depths"]
         for prompt in plan["prompts"]
         for batch in plan["batches"]
-        if (prompt, batch) not in known
-        and not any(re.match(rf"batch {batch}, prompts of {prompt}\b", reason) for reason in results["skipped"])
+        if (prompt, batch, depth) not in known
+        and not any(reason.startswith(f"batch {batch}, prompts of {prompt}:") for reason in reasons)
     ]
+    lines = [f"- Left out: {reason}." for reason in reasons]
+    return [*lines, f"- The round ended before: {'; '.join(missing)}."] if missing else lines
 
 
 def peers(committed: Committed) -> list[str]:

@@ -52,7 +52,7 @@ DECODE: Results = FACTS | {
     "decode": [decode_row(1, 1, 1.6), decode_row(64, 1, 2.4), decode_row(1, 0, 1.9)],
     "eager": [{"batch": 1, "prompt_tokens": 128, "decode_step_ms": 9.25}],
     "capture": {"again": CAPTURE},
-    "plan": {"batches": [1, 64]},
+    "plan": {"batches": [1, 64], "prompts": [128], "depths": [1, 0]},
 }
 PEER: Results = FACTS | {
     "system": "vllm 0.26.0",
@@ -75,7 +75,7 @@ FILES: dict[str, Results] = {
     "decode-qwen3-0.6b": DECODE,
     "context-qwen3-0.6b": FACTS
     | {"decode": [decode_row(1, 1, 1.9, 8000)], "eager": [], "skipped": ["batch 256, prompts of 8000: too large"]}
-    | {"plan": {"batches": [1, 64, 256], "prompts": [8000]}},
+    | {"plan": {"batches": [1, 64, 256], "prompts": [8000], "depths": [1]}},
     "startup-qwen3-0.6b": STARTUP,
     "peer-qwen3-0.6b-vllm": PEER,
     "peer-qwen3-0.6b-graphexec": FACTS | {"decode": [decode_row(1, 1, 1.6)], "eager": []},
@@ -236,8 +236,20 @@ def test_long_contexts_name_what_was_left_out() -> None:
     text = section("context")
     assert "| 8,000 | 1 | 1 | 1.90 | 1.50 | 1.27 | 0.987 | 1.71 |" in text
     assert "Left out: batch 256, prompts of 8000: too large." in text
-    assert text.count("Not measured") == 1
-    assert "Not measured: batch 64, prompts of 8000: the round ended before." in text
+    assert text.count("The round ended") == 1
+    assert "- The round ended before: batch 64, prompts of 8000, depth 1." in text
+
+
+def test_steps_name_the_depths_that_a_round_did_not_reach() -> None:
+    plan = DECODE["plan"] | {"depths": [1, 0, 2]}
+    skipped = [
+        "windows of batch 1, prompts of 128, depth 0",
+        *(f"batch {each}, prompts of 128, depth 2" for each in (1, 64)),
+    ]
+    text = section("decode", {"decode-qwen3-0.6b": DECODE | {"plan": plan, "skipped": skipped}})
+    missing = ("batch 64, prompts of 128, depth 0", *skipped[1:])
+    assert f"- The round ended before: {'; '.join(missing)}." in text
+    assert "windows" not in text
 
 
 @pytest.mark.parametrize(
