@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,30 +29,30 @@ VECTOR_TILES = ((4, 256, 1), (8, 256, 1), (4, 256, 2), (8, 256, 2), (4, 256, 4),
 ROWS_TILES = ((16, 128, 4), (16, 256, 4), (16, 128, 8), (16, 256, 8), (32, 64, 4), (32, 128, 4), (64, 64, 4))
 
 
-def sweep(name: str, out_features: int, in_features: int, rows: int, bandwidth: float) -> Iterator[Record]:
+def sweep(
+    name: str, out_features: int, in_features: int, rows: int, bandwidth: float, device: str = "cuda"
+) -> Iterator[Record]:
     """torch's product, then every tile."""
     size = out_features * in_features * DTYPE.itemsize
-    random = torch.Generator("cuda").manual_seed(0)
+    random = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=random, device="cuda", dtype=DTYPE)
+        return torch.randn(shape, generator=random, device=device, dtype=DTYPE)
 
     weights = [normal(out_features, in_features) for _ in range(launches_to_rotate(size))]
     inputs = normal(rows, in_features)
     expected = linear_reference(inputs.double(), weights[0].double())
     facts: Record = {"product": name, "rows": rows, "N": out_features, "K": in_features}
     facts |= {"bytes_us": size / bandwidth * 1e6, "served": serves(rows, weights[0])}
-    yield measure(
-        {**facts, "kernel": "torch"}, [lambda weight=weight: linear_reference(inputs, weight) for weight in weights]
-    )
+    yield measure({**facts, "kernel": "torch"}, [partial(linear_reference, inputs, weight) for weight in weights])
     chosen = choose_linear_tile(rows, out_features, in_features)
     tiles = VECTOR_TILES if rows <= 2 else ROWS_TILES
     for tile in dict.fromkeys((chosen, *(LinearTile(*each) for each in tiles))):
         record: Record = {**facts, "kernel": "linear", "tile": tile._asdict(), "chosen": tile == chosen}
-        calls = [lambda weight=weight, tile=tile: linear_triton(inputs, weight, tile=tile) for weight in weights]
-        record = measure(record, calls)
+        launches = [partial(linear_triton, inputs, weight, tile=tile) for weight in weights]
+        record = measure(record, launches)
         if "error" not in record:
-            record["relative_error"] = float((calls[0]().double() - expected).norm() / expected.norm())
+            record["relative_error"] = float((launches[0]().double() - expected).norm() / expected.norm())
         yield record
 
 

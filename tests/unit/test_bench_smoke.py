@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import bench.decode
+import bench.linear_sweep
 import bench.load
 from bench.load import Timed, greedy, random_prompts, steady_decode, timed_generate, window
 from bench.provenance import provenance
@@ -324,3 +326,23 @@ def test_the_round_on_the_gpu_is_a_script_that_refuses_other_words() -> None:
         assert f"\n{name}() {{" in text, f"{name} is offered, and is no function of the script"
     for part in ("", "bench|bench-8b", "install"):  # a function that is no round, too
         assert subprocess.run(["bash", script, part], capture_output=True).returncode == 2
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels on the CPU, under TRITON_INTERPRET=1"
+)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_sweep_of_products_tries_every_tile_on_right_products(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Under Triton's interpreter: what is timed elsewhere runs once here."""
+
+    def launched(record: dict[str, Any], launches: list[Any]) -> dict[str, Any]:
+        assert {tuple(launch().shape) for launch in launches} == {(rows, 40)}
+        return record
+
+    monkeypatch.setattr(bench.linear_sweep, "measure", launched)
+    monkeypatch.setattr(bench.linear_sweep, "launches_to_rotate", lambda size: 2)
+    monkeypatch.setattr(bench.linear_sweep, "DTYPE", torch.float16)
+    records = list(bench.linear_sweep.sweep("o", 40, 96, rows, 1e12, device="cpu"))
+    assert [record["kernel"] for record in records[:2]] == ["torch", "linear"]
+    assert sum(record.get("chosen", False) for record in records) == 1
+    assert all(record["relative_error"] < 1e-3 for record in records[1:])
