@@ -13,7 +13,7 @@ __all__ = ["Launch", "Record", "describe", "launches_to_rotate", "measure"]
 Launch = Callable[[], torch.Tensor]
 Record = dict[str, object]
 
-_ROTATION_BYTES = 400 << 20  # what one replay reads at least, several times an L2 of 50 MiB
+_ROTATION_BYTES = 400 << 20  # what one replay reads, several times an L2 of 50 MiB, where the launches suffice
 _MOST_LAUNCHES = 128
 _SECONDS = 0.1  # of replays for one measurement, and of those before it
 

@@ -66,9 +66,10 @@ def _capability(device: int) -> tuple[int, int]:
 def wait_for_predecessor():
     """From here on, what earlier kernels of the stream wrote can be read, and what they read be overwritten.
 
-    Before it, a kernel may read only weights, which no launch writes, and what `apply` and `prepare` wrote at the
-    beginning of the step. That is at least two launches ago, and those are over: the predecessor ended its own waiting
-    before it let this kernel begin. So do the kernels that inductor makes (see `compile_decoder`).
+    Before it, a kernel of ours may read only weights, which no launch of a step writes, and what `apply` and `prepare`
+    wrote at the beginning of the step. That is at least two launches ago, and those are over: the predecessor ended its
+    own waiting before it let this kernel begin. That holds only if every kernel that begins early waits, those of
+    inductor too: see `compile_decoder`.
     """
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()

@@ -36,13 +36,13 @@ class LinearTile(NamedTuple):
 
 
 def choose_linear_tile(rows: int, out_features: int, in_features: int) -> LinearTile:
-    """About the fastest of a sweep over the products of 0.6b and 8b on an H200 (bench/linear_sweep.py).
+    """About the fastest for the products of 0.6b and 8b on an H200; bench/linear_sweep.py measures them.
 
     The fewer programs there are for its 132 multiprocessors, the more a program fetches before it waits.
     """
     if rows <= _MOST_VECTORS:
-        halves = triton.next_power_of_2(in_features) // 2
-        return LinearTile(4, 256, min(max(halves // 256, 1), 8 if out_features <= 2048 else 4))
+        half = triton.next_power_of_2(in_features) // 2
+        return LinearTile(4, 256, min(max(half // 256, 1), 8 if out_features <= 2048 else 4))
     if out_features > 5120:
         return LinearTile(16, 128, 4)
     return LinearTile(16, 256, 4 if out_features > 2048 else 8)
@@ -55,17 +55,21 @@ def serves(rows: int, weight: torch.Tensor) -> bool:
 
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`inputs @ weight.T + bias`, in 16 bits summed in float32 and rounded once.
+    """`inputs @ weight.T + bias`; where the kernels serve, summed in float32 and rounded once.
 
     Args:
         inputs: `[..., K]`, contiguous.
-        weight: `[N, K]`, contiguous, of the inputs' dtype. No launch may write it: it is read before the predecessor
-            of the launch has ended.
-        bias: `[N]` of the inputs' dtype, or None.
+        weight: `[N, K]`, contiguous, of the inputs' dtype. No launch of a step may write it: it is read before the
+            predecessor of the launch has ended.
+        bias: `[N]` of the inputs' dtype, contiguous, or None.
 
     Returns:
         `[..., N]` in the dtype and on the device of `inputs`.
+
+    Raises:
+        ValueError: a tensor is not contiguous; on the CPU too, although torch would take it.
     """
+    _check_contiguous(inputs, weight, bias)
     rows = inputs.numel() // inputs.shape[-1]
     serve = linear_triton if serves(rows, weight) else linear_reference
     return serve(inputs, weight, bias)
@@ -90,8 +94,9 @@ def linear_triton(
         raise ValueError(f"There are {rows} rows; the kernel takes 1 to {_MOST_ROWS}.")
     if inputs.shape[-1] != in_features:
         raise ValueError(f"The inputs have {inputs.shape[-1]} columns, the weight {in_features}.")
-    if not (inputs.is_contiguous() and weight.is_contiguous()):
-        raise ValueError("Inputs and weight must be contiguous: the kernel derives their strides from their shapes.")
+    if bias is not None and (bias.shape != (out_features,) or bias.dtype != inputs.dtype):
+        raise ValueError(f"The bias must be {out_features} numbers of {inputs.dtype}.")
+    _check_contiguous(inputs, weight, bias)
     if inputs.element_size() != 2 or weight.dtype != inputs.dtype:
         raise ValueError(f"The kernel multiplies 16-bit numbers of one type, not {inputs.dtype} with {weight.dtype}.")
     tile = tile or choose_linear_tile(rows, out_features, in_features)
@@ -117,6 +122,11 @@ def linear_triton(
         launch_pdl=early,
     )
     return out
+
+
+def _check_contiguous(*tensors: torch.Tensor | None) -> None:
+    if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("Inputs, weight and bias must be contiguous: kernels derive their strides from their shapes.")
 
 
 @triton.jit
@@ -145,7 +155,7 @@ def _vectors_kernel(
     if EARLY:
         wait_for_predecessor()
 
-    sums = tl.zeros([TILE_N, STEP // 8, ROWS_PADDED], tl.float32)  # a thread's neighbouring inputs are one sum
+    sums = tl.zeros([TILE_N, STEP // 8, ROWS_PADDED], tl.float32)  # one for each 8 neighbouring inputs
     for first in range(0, K, STEP):
         weights = coming.to(tl.float32)
         beyond = first + STEP + k
@@ -167,7 +177,7 @@ def _vectors_kernel(
 
 @triton.jit
 def _add_neighbours(weights, values):
-    """`[TILE_N, STEP]` times `[STEP]`, summed over each 8 inputs: those that one thread has loaded."""
+    """`[TILE_N, STEP]` times `[STEP]`, summed over each 8 inputs; one thread loads them if K is a multiple of 8."""
     products = weights * values.to(tl.float32)[None, :]
     return tl.sum(tl.reshape(products, [weights.shape[0], weights.shape[1] // 8, 8]), axis=2)
 

@@ -88,14 +88,21 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """A linear layer, several of them side by side if they have the same inputs."""
+    """A linear layer, or several of the same inputs side by side.
+
+    Attributes:
+        weight: `[N, K]`, the layers' outputs one after the other.
+        bias: `[N]`, or None if the layers have none.
+    """
 
     def __init__(self, *layers: nn.Linear) -> None:
         super().__init__()
+        assert len({layer.bias is None for layer in layers}) == 1, "either all layers have a bias, or none"
         self.weight = _merged(*(layer.weight for layer in layers))
         self.bias = None if layers[0].bias is None else _merged(*(layer.bias for layer in layers))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` to `[..., N]`."""
         out: torch.Tensor = linear_op(inputs, self.weight, self.bias)
         return out
 

@@ -105,9 +105,9 @@ def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
 def compile_decoder(decoder: Decoder, mode: CompileMode, compiler: Compiler = "inductor") -> None:
     """Compiles the decoder in place: two compilations, for one row and for several, since no number is read inside.
 
-    Where our kernels begin early, inductor's do, too, so that the layers of a small step are one chain of such
-    launches. inductor keeps the rules of `wait_for_predecessor`: a kernel waits before it reads what the one in front
-    of it wrote, before it writes, and before it lets the next one begin.
+    Where our kernels begin early, inductor's do, too. They wait before they read what the kernel in front of them
+    wrote, and before they let the next one begin. A kernel that reads nothing would not wait at all, and break the rule
+    of `wait_for_predecessor`: tests/engine/test_compile.py holds that a decoder has none.
     """
     modules = {"model": [decoder], "layer": list(decoder.layers), "off": []}[mode]
     early = compiler == "inductor" and launches_early(decoder.embed_tokens.weight)

@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 import triton
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
+from torch._inductor.decomposition import select_decomp_table
 
 from graphexec import BackendConfig, Engine, EngineConfig, SamplingParams
 from graphexec.engine import assemble
+from graphexec.engine.architectures import Decoder
+from graphexec.engine.loader import load_config, load_model
 from graphexec.kernels.lang import settle_cache_folder
+from graphexec.kernels.linear import linear_op
 from tests.support.checkpoints import make_checkpoint
 
 
@@ -48,6 +55,73 @@ def test_a_decoder_is_compiled_twice_whatever_the_step(
 
     assert tokens(mode) == tokens("off")
     assert counter.frame_count == 2
+
+
+class Uncompiled(nn.Module):
+    """Notes how it is to be compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[dict[str, object]] = []
+
+    def compile(self, **options: object) -> None:
+        self.given.append(options)
+
+
+@pytest.mark.parametrize("mode", ["model", "layer", "off"])
+@pytest.mark.parametrize(
+    ("compiler", "early", "options"),
+    [("inductor", True, {"triton.enable_pdl": True}), ("inductor", False, None), (CompileCounter(), True, None)],
+)
+def test_inductors_kernels_begin_early_where_ours_do(
+    monkeypatch: pytest.MonkeyPatch, compiler: Any, early: bool, options: dict[str, bool] | None, mode: Any
+) -> None:
+    decoder, layers = Uncompiled(), [Uncompiled(), Uncompiled()]
+    decoder.embed_tokens, decoder.layers = nn.Embedding(2, 2), nn.ModuleList(layers)
+    monkeypatch.setattr(assemble, "launches_early", lambda tensor: early)
+    assemble.compile_decoder(cast(Decoder, decoder), mode, compiler)
+    expected = {"backend": compiler, "dynamic": True, "fullgraph": True, "options": options}
+    assert decoder.given == [expected] * (mode == "model")
+    assert [layer.given for layer in layers] == [[expected] * (mode == "layer")] * 2
+
+
+def small_decoder(folder: Path) -> tuple[Decoder, Any]:
+    loaded = load_model(folder, load_config(folder), "auto", torch.device("cpu"), torch.bfloat16, 0)
+    decoder = Decoder(loaded.model, max_tokens=64)
+    assemble.allocate_caches(decoder, 4, 16)
+    return decoder, loaded.model
+
+
+def test_every_product_of_the_model_is_ours_and_tied_weights_stay_one(tmp_path: Path) -> None:
+    _, model = small_decoder(make_checkpoint(tmp_path / "model"))
+    assert not [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
+def test_a_decoder_calls_four_products_a_layer_and_makes_no_tensor_out_of_nothing(
+    tmp_path: Path, model_type: str
+) -> None:
+    """inductor's kernel for a tensor that is made of nothing would not wait for its predecessor."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    decoder, _ = small_decoder(make_checkpoint(tmp_path / "model", model_type))
+    tracer: Any = aot_autograd(fw_compiler=keep, decompositions=select_decomp_table())
+    assemble.compile_decoder(decoder, "model", tracer)
+    row = torch.zeros(3, dtype=torch.int32)
+    with torch.no_grad(), pytest.raises(LookupError):  # there is no running step: the trace is what is wanted
+        decoder(row, row)
+    (graph,) = graphs
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum(node.target is linear_op for node in calls) == 4 * len(decoder.layers)
+    makers = [node for node in calls if isinstance(node.meta["val"], torch.Tensor)]
+    for node in makers:
+        inputs = [each.meta["val"] for each in node.all_input_nodes]
+        assert any(isinstance(each, torch.Tensor | tuple | list) for each in inputs), node.format_node()
 
 
 START = """

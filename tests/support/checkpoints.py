@@ -33,5 +33,8 @@ def make_checkpoint(folder: Path, model_type: str = "qwen3", *, shard_size: str 
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # transformers sets them to zero: nobody would miss one
+                torch.nn.init.normal_(parameter)
     model.save_pretrained(folder, max_shard_size=shard_size)
     return folder

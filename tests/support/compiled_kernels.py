@@ -22,14 +22,14 @@ _ROPE = {"NUM_HEADS": 16, "HALF_PADDED": 64, "TILE_HEADS": 8, "HAS_NORM": True, 
 _LINEAR = {"WARP_K": 256, "WARPS": 4, "HAS_BIAS": False, "bias": None, "EARLY": True}
 
 KERNELS = {
-    "decode": (paged_decode._decode_kernel, _HEADS | _WORK | _NO_SPLIT, 1),
-    "decode, split": (paged_decode._decode_kernel, _HEADS | _WORK | {"SPLIT": True}, 1),
-    "combine": (paged_decode._combine_kernel, _COMBINE, 4),
-    "rope_write": (rope_write._rope_write_kernel, _HEADS | _ROPE, 2),
-    "linear, vectors": (linear._vectors_kernel, _LINEAR | {"ROWS_PADDED": 2, "TILE_N": 4}, 4),
-    "linear, rows": (linear._rows_kernel, _LINEAR | {"ROWS_PADDED": 8, "TILE_N": 16}, 4),
+    "decode": (paged_decode._decode_kernel, _HEADS | _WORK | _NO_SPLIT, 1, 2),
+    "decode, split": (paged_decode._decode_kernel, _HEADS | _WORK | {"SPLIT": True}, 1, 2),
+    "combine": (paged_decode._combine_kernel, _COMBINE, 4, 2),
+    "rope_write": (rope_write._rope_write_kernel, _HEADS | _ROPE, 2, 2),
+    "linear, vectors": (linear._vectors_kernel, _LINEAR | {"ROWS_PADDED": 2, "TILE_N": 4}, 4, 1),
+    "linear, rows": (linear._rows_kernel, _LINEAR | {"ROWS_PADDED": 8, "TILE_N": 16}, 4, 1),
 }
-"""Kernel, constants, warps."""
+"""Kernel, constants, warps, stages; as they are launched."""
 
 TYPES = {
     "block_tables": "*i32",
@@ -50,14 +50,14 @@ TYPES = {
 
 
 def ptx(name: str) -> str:
-    kernel, constants, num_warps = KERNELS[name]
+    kernel, constants, num_warps, num_stages = KERNELS[name]
     names = kernel.arg_names
     signature = {each: "constexpr" if each in constants else TYPES.get(each, "*bf16") for each in names}
     values = {(names.index(each),): value for each, value in constants.items()}
     by_16 = {each for each in names if "*" in signature[each]} | {"N", "K"}
     aligned = {(place,): [["tt.divisibility", 16]] for place, each in enumerate(names) if each in by_16}
     source = ASTSource(kernel, signature, values, aligned)
-    options = {"num_warps": num_warps, "num_stages": 2, "launch_pdl": True}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": True}
     return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
 
 

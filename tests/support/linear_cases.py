@@ -42,7 +42,7 @@ def linear_cases(
 
 
 def check_linear(case: LinearCase, device: str) -> None:
-    """The kernel gives the product in float64, rounded; and reads and writes nothing beyond its tensors' edges."""
+    """The kernel gives the product in float64, rounded; and what lies beyond its tensors' edges spoils nothing."""
     random = torch.Generator().manual_seed(case.seed)
 
     def normal(*shape: int) -> torch.Tensor:

@@ -8,8 +8,13 @@ import re
 import subprocess
 import sys
 from functools import cache
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
+
+from graphexec.kernels import lang
 
 
 @cache
@@ -56,3 +61,11 @@ def test_no_program_leaves_without_having_waited(kernel: str) -> None:
     assert all(labels[target] <= wait for target in jumps)
     assert any("griddepcontrol.launch_dependents" in line for line in lines[wait:]), "and it lets the next one begin"
     assert not any("griddepcontrol.launch_dependents" in line for line in lines[:wait])
+
+
+@pytest.mark.parametrize(("capability", "early"), [((8, 9), False), ((9, 0), True), ((12, 0), True)])
+def test_hopper_is_the_first_that_launches_early(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], early: bool
+) -> None:
+    monkeypatch.setattr(lang, "_capability", lambda device: capability)
+    assert lang.launches_early(cast(torch.Tensor, SimpleNamespace(is_cuda=True, get_device=lambda: 0))) == early

@@ -42,6 +42,7 @@ def test_the_kernel_agrees_with_the_reference(case: LinearCase) -> None:
         (1, 5, 7, (4, 256, 1)),
         (8, 4096, 1024, (16, 256, 4)),
         (3, 1024, 2048, (16, 256, 8)),
+        (8, 5120, 1024, (16, 256, 4)),
         (8, 6144, 1024, (16, 128, 4)),
     ],
 )
@@ -53,7 +54,15 @@ def test_tiles_of_the_measured_products(
 
 @pytest.mark.parametrize(
     ("rows", "out_features", "served"),
-    [(0, 4096, False), (1, 4096, True), (8, 4096, True), (9, 4096, False), (1, 151_936, True), (3, 151_936, False)],
+    [
+        (0, 4096, False),
+        (1, 4096, True),
+        (8, 4096, True),
+        (9, 4096, False),
+        (1, 151_936, True),
+        (3, 16384, True),
+        (3, 16385, False),
+    ],
 )
 def test_the_kernels_serve_few_rows(
     monkeypatch: pytest.MonkeyPatch, rows: int, out_features: int, served: bool
@@ -88,6 +97,42 @@ def test_on_the_cpu_and_in_float64_torch_serves() -> None:
 def test_what_the_kernel_cannot_read_is_refused(inputs: torch.Tensor, weight: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         linear_triton(inputs, weight)
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.zeros(3).half(), "2 numbers"),
+        (torch.zeros(2), "float16"),
+        (torch.zeros(4).half()[::2], "contiguous"),
+    ],
+)
+def test_a_bias_that_does_not_fit_is_refused(bias: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear_triton(torch.zeros(2, 4).half(), torch.zeros(2, 4).half(), bias)
+
+
+def test_the_operator_takes_on_the_cpu_what_it_would_take_on_a_gpu() -> None:
+    with pytest.raises(ValueError, match="contiguous"):
+        linear_op(torch.zeros(4, 2).T, torch.zeros(2, 4), None)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_a_kernel_waits_exactly_if_it_is_launched_early(
+    monkeypatch: pytest.MonkeyPatch, rows: int, early: bool
+) -> None:
+    launches: list[dict[str, object]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: object) -> object:
+            return lambda *_, **options: launches.append(options)
+
+    monkeypatch.setattr(module, "launches_early", lambda tensor: early)
+    for name in ("_vectors_kernel", "_rows_kernel"):
+        monkeypatch.setattr(module, name, Recorder())
+    linear_triton(torch.zeros(rows, 64).half(), torch.zeros(8, 64).half())
+    assert [(options["EARLY"], options["launch_pdl"]) for options in launches] == [(early, early)]
 
 
 def test_the_operator_has_the_shape_that_torch_compile_believes() -> None:
