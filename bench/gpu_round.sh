@@ -82,8 +82,8 @@ tests() {
   elif ! command -v compute-sanitizer >/dev/null; then
     echo "== memcheck: there is no compute-sanitizer"
   else
-    # A few launches of every kernel that moves slot state, attends or multiplies. Allocations are not cached, or an access beyond
-    # one of them would fall into its neighbour unseen.
+    # A few launches of every kernel that moves slot state, attends or multiplies. Allocations are not cached, or an
+    # access beyond one of them would fall into its neighbour unseen.
     may_run_out=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "memcheck" 150 compute-sanitizer --tool memcheck --error-exitcode 9 \
       --target-processes application-only --log-file "$OUT/memcheck.log" python3 -m pytest -q -x \
       tests/gpu/test_kernel_step_state.py tests/gpu/test_attention_kernels.py tests/gpu/test_linear.py \

@@ -36,7 +36,9 @@ def decode(committed: Committed) -> list[str]:
             cells = [*steps, *map(row.get, columns)]
             body.append([shown(load[1]), *map(shown, cells), _bubble(row), shown(row.get("busy")), shown(by_hand)])
             body[-1].append(shown(eager.get(load)))
-        lines += [*_table(head, body), "", f"From overhead to busy: at depth {main}.", "", *_left_out(results), ""]
+        lines += [*_table(head, body), "", f"From overhead to busy: at depth {main}.", ""]
+        if left_out := _left_out(results):
+            lines += [*left_out, ""]
         lines += [_image(f"{name}.png"), ""]
     return lines
 

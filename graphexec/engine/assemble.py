@@ -106,8 +106,9 @@ def compile_decoder(decoder: Decoder, mode: CompileMode, compiler: Compiler = "i
     """Compiles the decoder in place: two compilations, for one row and for several, since no number is read inside.
 
     Where our kernels begin early, inductor's do, too. They wait before they read what the kernel in front of them
-    wrote, and before they let the next one begin. A kernel that reads nothing would not wait at all, and break the rule
-    of `wait_for_predecessor`: tests/engine/test_compile.py holds that a decoder has none.
+    wrote, and before they let the next one begin. Two kinds would break the rule of `wait_for_predecessor`. A kernel
+    that reads nothing does not wait at all: tests/engine/test_compile.py holds that a decoder has none. A reduction in
+    a loop over what older kernels wrote may store before it waits: in the code made for a decoder, none does.
     """
     modules = {"model": [decoder], "layer": list(decoder.layers), "off": []}[mode]
     early = compiler == "inductor" and launches_early(decoder.embed_tokens.weight)

@@ -24,8 +24,8 @@ _LINEAR = {"WARP_K": 256, "WARPS": 4, "HAS_BIAS": False, "bias": None, "EARLY": 
 KERNELS = {
     "decode": (paged_decode._decode_kernel, _HEADS | _WORK | _NO_SPLIT, 1, 2),
     "decode, split": (paged_decode._decode_kernel, _HEADS | _WORK | {"SPLIT": True}, 1, 2),
-    "combine": (paged_decode._combine_kernel, _COMBINE, 4, 2),
-    "rope_write": (rope_write._rope_write_kernel, _HEADS | _ROPE, 2, 2),
+    "combine": (paged_decode._combine_kernel, _COMBINE, 4, 3),
+    "rope_write": (rope_write._rope_write_kernel, _HEADS | _ROPE, 2, 3),
     "linear, vectors": (linear._vectors_kernel, _LINEAR | {"ROWS_PADDED": 2, "TILE_N": 4}, 4, 1),
     "linear, rows": (linear._rows_kernel, _LINEAR | {"ROWS_PADDED": 8, "TILE_N": 16}, 4, 1),
 }
