@@ -128,13 +128,13 @@ class _Run:
         """An engine over the loaded model with one decode bucket and one prefill bucket, which all steps share."""
         backend = BackendConfig(
             name=name,
-            overlap_depth=depth,
             capture_sizes=(batch,),
             prefill_sizes=(self._parts.limits.max_rows,),
             verify=False,
             strict=True,
         )
-        with _engine_over(self._parts, self._config, backend) as engine:
+        config = self._config.model_copy(update={"overlap_depth": depth, "backend": backend})
+        with _engine_over(self._parts, config) as engine:
             yield engine
 
     def _decode(self, batch: int, prompt: int, depth: int) -> None:
@@ -245,14 +245,14 @@ class _Run:
 
 
 @contextmanager
-def _engine_over(parts: Assembly, config: EngineConfig, backend: BackendConfig) -> Iterator[Engine]:
+def _engine_over(parts: Assembly, config: EngineConfig) -> Iterator[Engine]:
     """An engine over the loaded model of `parts` with a new backend. The backend before it must be closed."""
-    executor = create_backend(backend, create_runtime(parts.resolved.device))
+    executor = create_backend(config.backend, create_runtime(parts.resolved.device))
     try:
         executor.prepare(parts.program)
         manifest = executor.warmup()
         parts = replace(parts, backend=executor, manifest=manifest)
-        engine = Engine(config.model_copy(update={"backend": backend}), parts=parts)
+        engine = Engine(config, parts=parts)
     except BaseException:
         executor.close()
         raise

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from bench.provenance import provenance, write_results
-from graphexec.kernels.sample import SampleOutput, SamplerVariant, SamplingState, sample
+from graphexec.kernels.sample import SampleOutput, SamplerVariant, sample
+from graphexec.kernels.state import SlotTensors
 
 VOCABULARY = 151_936
 BATCHES = (1, 8, 64, 256)
@@ -52,29 +53,17 @@ class Timing:
     samples: list[float]
 
 
-def make_state(batch: int, temperature: float, top_k: int, top_p: float, penalized: int) -> SamplingState:
+def make_state(batch: int, temperature: float, top_k: int, top_p: float, penalized: int) -> SlotTensors:
     """The same parameters for every slot, seeds apart."""
-
-    def full(value: float, dtype: torch.dtype) -> torch.Tensor:
-        return torch.full((batch,), value, dtype=dtype, device="cuda")
-
-    return SamplingState(
-        temperature=full(temperature, torch.float32),
-        top_k=full(top_k, torch.int32),
-        top_p=full(top_p, torch.float32),
-        seed=torch.arange(batch, device="cuda"),
-        log_min_p=full(float("-inf"), torch.float32),
-        repetition_penalty=full(1.1 if penalized else 1.0, torch.float32),
-        presence_penalty=full(0.0, torch.float32),
-        frequency_penalty=full(0.0, torch.float32),
-        bias_ids=torch.full((batch, 300), -1, dtype=torch.int32, device="cuda"),
-        bias_values=torch.zeros((batch, 300), device="cuda"),
-        token_ids=torch.randint(VOCABULARY, (batch, MAX_TOKENS), dtype=torch.int32, device="cuda"),
-        prompt_len=full(0, torch.int32),
-        num_tokens=full(penalized or 100, torch.int32),
-        min_len=full(0, torch.int32),
-        stop_ids=torch.full((batch, 8), -1, dtype=torch.int32, device="cuda"),
-    )
+    state = SlotTensors.allocate(batch, torch.device("cuda"), tokens=MAX_TOKENS, biases=300, stop_ids=8)
+    state.temperature.fill_(temperature)
+    state.top_k.fill_(top_k)
+    state.top_p.fill_(top_p)
+    state.seed.copy_(torch.arange(batch))
+    state.repetition_penalty.fill_(1.1 if penalized else 1.0)
+    state.token_ids.random_(VOCABULARY)
+    state.num_tokens.fill_(penalized or 100)
+    return state
 
 
 def make_output(batch: int) -> SampleOutput:

@@ -57,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     config = EngineConfig(
         model=options.model, max_num_seqs=32, max_model_len=320, num_kv_blocks=120,
-        backend=BackendConfig(overlap_depth=options.depth, step_timeout_s=20),
+        overlap_depth=options.depth, backend=BackendConfig(step_timeout_s=20),
     )  # fmt: skip
     print(json.dumps(soak(config, options.seconds, options.vocab_size)))
 

@@ -40,6 +40,7 @@ class GraphSet:
         self._stream = stream
         self._pool = runtime.pool()
         self._graphs: dict[GraphKey, Graph] = {}
+        self._unkeyed: list[Graph] = []
         self._sealed = False
 
     @property
@@ -70,8 +71,10 @@ class GraphSet:
         return graph
 
     def capture_unkeyed(self, work: Callable[[], None]) -> Graph:
-        """Captures work that belongs to no step into the same pool; the caller owns the graph."""
-        return self._runtime.capture(work, self._stream, self._pool)
+        """Captures work that belongs to no step into the same pool."""
+        graph = self._runtime.capture(work, self._stream, self._pool)
+        self._unkeyed.append(graph)
+        return graph
 
     def discard(self, key: GraphKey) -> None:
         """Frees the graph of a key, if there is one; its replays must all have finished."""
@@ -89,7 +92,8 @@ class GraphSet:
 
     def close(self) -> None:
         """Frees all graphs, then the pool. The stream must have drained (F7)."""
-        for graph in self._graphs.values():
+        for graph in (*self._graphs.values(), *self._unkeyed):
             graph.close()
         self._graphs.clear()
+        self._unkeyed.clear()
         self._pool = None

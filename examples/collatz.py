@@ -14,6 +14,7 @@ import torch
 
 from graphexec import (
     BackendConfig,
+    Delta,
     DeviceIO,
     FinishCode,
     GraphKey,
@@ -30,8 +31,8 @@ SLOTS = 16
 
 
 @dataclass(frozen=True)
-class Start:
-    """A delta: puts numbers into slots."""
+class Start(Delta):
+    """Puts numbers into slots."""
 
     numbers: dict[int, int]
 

@@ -22,9 +22,9 @@ from graphexec.capture.buckets import default_ladder, row_ladder
 from graphexec.capture.manifest import Manifest
 from graphexec.config import BackendConfig, EngineConfig, backend_names, read_toml
 from graphexec.engine import Engine, EngineStats, RequestOutput, SamplingParams
-from graphexec.engine.loader import load_config, model_folder, model_license
 from graphexec.engine.resolve import resolve
 from graphexec.errors import ConfigError, GraphexecError, RequestError
+from graphexec.models.loader import load_config, model_folder, model_license
 from graphexec.plan import GraphKey
 
 __all__ = ["app", "main"]
@@ -107,14 +107,14 @@ def generate(
     _set_up_logging(verbose)
     settings = {
         "model": model, "load_format": load_format, "device": device, "dtype": dtype, "compile": compile,
-        "max_num_seqs": max_num_seqs, "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs, "max_model_len": max_model_len, "overlap_depth": overlap_depth,
     }  # fmt: skip
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
     )  # fmt: skip
     # No more slots than prompts: capturing a ladder of 256 to serve one prompt would only make it wait.
-    engine_config = _engine_config(config, settings, backend, overlap_depth, default_slots=min(len(prompts), 256))
+    engine_config = _engine_config(config, settings, backend, default_slots=min(len(prompts), 256))
     with Engine(engine_config) as engine:
         refused = _stream_all(engine, prompts, params, _as_turn(engine) if chat else str, echo)
     if refused:
@@ -140,9 +140,9 @@ def warmup(
     _set_up_logging(verbose)
     settings = {
         "model": model, "load_format": load_format, "device": device, "dtype": dtype, "compile": compile,
-        "max_num_seqs": max_num_seqs, "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs, "max_model_len": max_model_len, "overlap_depth": overlap_depth,
     }  # fmt: skip
-    engine_config = _engine_config(config, settings, backend, overlap_depth, default_slots=None)
+    engine_config = _engine_config(config, settings, backend, default_slots=None)
     if not manifest.parent.is_dir() or manifest.is_dir():
         raise ConfigError(f"Cannot write the manifest to {manifest}: give a file in a folder that exists.")
     started = time.perf_counter()
@@ -176,7 +176,7 @@ def env(model: Model = None, config: Config = None) -> None:
     for name, value in _machine():
         machine.add_row(name, value)
     console.print(machine)
-    engine_config = _engine_config(config, {"model": model}, None, None, default_slots=None)
+    engine_config = _engine_config(config, {"model": model}, None, default_slots=None)
     resolved = resolve(engine_config, load_config(model_folder(engine_config.model)))
     max_rows = resolved.max_num_batched_tokens + engine_config.max_num_seqs
     ladders = {
@@ -265,7 +265,7 @@ def _figures(engine: Engine, tokens: int, seconds: float) -> str:
     return (
         f"[{model} on {engine.resolved.device}: {tokens} tokens in {seconds:.2f} s, "
         f"{tokens / seconds:.0f} tokens/s, {stats.replays} of {stats.steps} steps as graphs, "
-        f"depth {engine.config.backend.overlap_depth}, host {per_step:.0f} us a step]"
+        f"depth {engine.config.overlap_depth}, host {per_step:.0f} us a step]"
     )
 
 
@@ -273,14 +273,12 @@ def _engine_config(
     path: Path | None,
     settings: Mapping[str, object],
     backend: str | None,
-    overlap_depth: int | None,
     default_slots: int | None,
 ) -> EngineConfig:
     """The settings of the file, overridden by those of the command line."""
     values: dict[str, Any] = read_toml(path) if path is not None else {}
     values |= {name: value for name, value in settings.items() if value is not None}
-    options = {"name": backend, "overlap_depth": overlap_depth}
-    chosen = {name: value for name, value in options.items() if value is not None}
+    chosen = {} if backend is None else {"name": backend}
     section = values.get("backend", {})
     if not isinstance(section, dict):
         raise ConfigError(f"{path}: backend must be a table, [backend].")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -31,6 +32,9 @@ BACKEND_GROUP = "graphexec.backends"
 """Entry-point group of backends: callables `(config, runtime) -> ExecutionBackend`."""
 _BUILT_IN = ("cudagraph", "eager")
 PositiveInt = Annotated[int, Field(ge=1)]
+OverlapDepth = Annotated[int, Field(ge=0, le=4)]
+_MOVED = ("overlap_depth", "overlap_prefill")
+"""Settings of the engine that were once the backend's."""
 
 
 class _Config(BaseModel):
@@ -48,26 +52,25 @@ class BackendConfig(_Config):
 
     Attributes:
         name: "cudagraph", "eager", or a name registered under the entry-point group `graphexec.backends`.
-        overlap_depth: steps that the engine submits ahead of the one it collects, 0 to 4. 0 is the classical loop.
-            Backends do not read it: in a loop of your own, the depth is how many handles you leave uncollected.
         capture_sizes: batch sizes (slots) to capture; None for 1, 2, 4, then steps of 8 to 256, then of 16.
         prefill_sizes: padded row counts of steps with prompt chunks; None for a ladder of about 12 % steps.
         lazy_capture: capture a missing graph when it is first needed, which stalls that step.
         strict: refuse, instead of counting, a decode step that has no graph.
         verify: compare every graph with the eager step after its capture; None: on CUDA (a CPU graph is the step).
-        overlap_prefill: let steps with prompt chunks overlap too; false drains the pipeline around them.
         step_timeout_s: seconds after which a step that has not finished is an error.
+        overlap_depth: has moved to EngineConfig, which takes it from here with a FutureWarning; no backend reads it.
+        overlap_prefill: has moved likewise.
     """
 
     name: str = "cudagraph"
-    overlap_depth: Annotated[int, Field(ge=0, le=4)] = 1
     capture_sizes: tuple[PositiveInt, ...] | None = None
     prefill_sizes: tuple[PositiveInt, ...] | None = None
     lazy_capture: bool = False
     strict: bool = False
     verify: bool | None = None
-    overlap_prefill: bool = True
     step_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    overlap_depth: OverlapDepth | None = None
+    overlap_prefill: bool | None = None
 
     @field_validator("name")
     @classmethod
@@ -106,6 +109,8 @@ class EngineConfig(_Config):
         max_biased_token_ids: entries of logit_bias and bad_token_ids of a request, together.
         seed: of random weights, and of requests that bring none.
         compile: torch.compile of the whole "model", of each "layer", or "off"; None: "layer" on CUDA, else "off".
+        overlap_depth: steps that the engine submits ahead of the one it collects, 0 to 4. 0 is the classical loop.
+        overlap_prefill: let steps with prompt chunks overlap too; false drains the pipeline around them.
         backend: see BackendConfig.
     """
 
@@ -126,7 +131,12 @@ class EngineConfig(_Config):
     max_biased_token_ids: Annotated[int, Field(ge=1, le=4096)] = 300
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     compile: CompileMode | None = None
+    overlap_depth: OverlapDepth = 1
+    overlap_prefill: bool = True
     backend: BackendConfig = BackendConfig()
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**_with_moved_settings(values))
 
     @field_validator("model", mode="before")
     @classmethod
@@ -194,6 +204,32 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def backend_names() -> list[str]:
     """The names that a backend can be chosen by on this machine."""
     return sorted({*_BUILT_IN, *(point.name for point in entry_points(group=BACKEND_GROUP))})
+
+
+def _with_moved_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of an EngineConfig, with what stands in its backend for historical reasons taken over.
+
+    Raises:
+        ConfigError: the engine and its backend name different values.
+    """
+    backend = values.get("backend")
+    given = backend if isinstance(backend, dict) else backend.model_dump() if isinstance(backend, BackendConfig) else {}
+    moved = {name: given[name] for name in _MOVED if given.get(name) is not None}
+    if not moved:
+        return values
+    for name, value in moved.items():
+        if values.get(name, value) != value:
+            raise ConfigError(f"{name}={values[name]!r}, and backend.{name}={value!r}. Leave out the latter.")
+        warnings.warn(
+            f"backend.{name} is now {name} of the engine: EngineConfig({name}={value!r}), in TOML above [backend].",
+            FutureWarning,
+            stacklevel=3,
+        )
+    if isinstance(backend, BackendConfig):
+        cleared: object = backend.model_copy(update=dict.fromkeys(moved))
+    else:
+        cleared = {name: value for name, value in given.items() if name not in moved}
+    return values | moved | {"backend": cleared}
 
 
 def _explain(model: type[BaseModel], failure: ValidationError) -> str:

@@ -17,6 +17,8 @@ from graphexec.plan import FinishCode, StepResult
 
 __all__ = ["Controller", "ControllerStats"]
 
+_RUNNING, _PARKED = int(FinishCode.RUNNING), int(FinishCode.PARKED)  # numpy takes its time over an enum
+
 
 @dataclass(frozen=True)
 class ControllerStats:
@@ -62,8 +64,8 @@ class Controller:
         if result.step <= self._observed:
             return
         self._observed = result.step
-        ended = (result.finish != FinishCode.RUNNING) & (result.finish != FinishCode.PARKED)
-        np.logical_and(result.num_tokens >= 0, ~ended, out=self._alive)
+        goes_on = (result.finish == _RUNNING) | (result.finish == _PARKED)
+        np.logical_and(result.num_tokens >= 0, goes_on, out=self._alive)
 
     def next_bound(self) -> int:
         """Upper bound of the number of slots that run in the next step submitted."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import struct
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,26 +12,40 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from graphexec.kernels.apply import ADMIT, ARM, BLOCKS_FIELD, ENTRY_FIELDS, HEADER_WORDS, RELEASE
-from graphexec.plan import Int32Array
+from graphexec.kernels.delta_layout import (
+    ADMIT,
+    ARM,
+    HEADER_WORDS,
+    RELEASE,
+    pack_control,
+    pack_parameters,
+    word_of,
+)
+from graphexec.plan import Delta, Int32Array
 from graphexec.slots import SlotLimits
 
-__all__ = ["Admission", "SlotDeltas"]
+__all__ = ["Admission", "SlotDeltas", "as_words"]
 
 IntArray = NDArray[np.int64]
+
+_WORD_BYTES = 4
+_MINUS_ONE = b"\xff" * _WORD_BYTES
+
+
+def as_words(numbers: Sequence[int]) -> bytes:
+    """Numbers as int32 words, which can be compared, hashed and copied at once."""
+    return array("i", numbers).tobytes()
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What a slot learns about its new owner; fields as in SlotTensors.
+    """What a slot learns about its new owner, but for how far that is: the parameters of SlotTensors, and lists.
 
     Attributes:
         biases: pairs of a token id and what is added to its logit; no id twice.
         stop_sequences: each of one token or more.
     """
 
-    seq_len: int
-    num_tokens: int
     max_len: int
     min_len: int
     temperature: float
@@ -44,6 +60,22 @@ class Admission:
     frequency_penalty: float = 0.0
     biases: tuple[tuple[int, float], ...] = ()
     stop_sequences: tuple[tuple[int, ...], ...] = ()
+    packed: bytes = field(init=False, repr=False, compare=False)
+    """What its entry says beside where the lists stand: parameters and stop ids."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "packed", pack_parameters(self) + as_words(self.stop_ids))
+
+    def bias_words(self) -> bytes:
+        """Ids, then values."""
+        if not self.biases:
+            return b""
+        ids, values = zip(*self.biases, strict=True)
+        return as_words(ids) + struct.pack(f"={len(values)}f", *values)
+
+    def stop_sequence_words(self, width: int) -> bytes:
+        """Each sequence at the end of `width` words, behind -1."""
+        return b"".join(_MINUS_ONE * (width - len(each)) + as_words(each) for each in self.stop_sequences)
 
 
 @dataclass(slots=True)
@@ -51,10 +83,11 @@ class _SlotDelta:
     flags: int = 0
     query_len: int = 0
     admission: Admission | None = None
+    progress: tuple[int, int] = (0, 0)
     first_block: int = 0
     blocks: list[int] = field(default_factory=list)
     first_token: int = 0
-    tokens: Sequence[int] = ()
+    tokens: bytes = b""
 
 
 class _Growth(NamedTuple):
@@ -64,7 +97,23 @@ class _Growth(NamedTuple):
     blocks: Sequence[int]
 
 
-class SlotDeltas:
+class _Payload:
+    """What entries refer to by its offset."""
+
+    def __init__(self) -> None:
+        self.words = 0
+        self.parts: list[bytes] = []
+
+    def put(self, part: bytes) -> int:
+        """Adds a part and returns its offset."""
+        offset = self.words
+        if part:
+            self.parts.append(part)
+            self.words += len(part) // _WORD_BYTES
+        return offset
+
+
+class SlotDeltas(Delta):
     """The changes of one step, at most one entry a slot (F8): later changes of a slot are merged into the first."""
 
     def __init__(self, limits: SlotLimits) -> None:
@@ -82,25 +131,40 @@ class SlotDeltas:
         grown = [] if self._growth is None else self._growth.slots.tolist()
         return grown + [slot for slot, delta in self._deltas.items() if delta.flags != RELEASE]
 
+    @property
+    def chunk_slots(self) -> int:
+        return sum(bool(delta.flags & ARM) for delta in self._deltas.values())
+
+    @property
+    def chunk_rows(self) -> int:
+        return sum(delta.query_len for delta in self._deltas.values() if delta.flags & ARM)
+
     def has_room_for(self, admission: Admission) -> bool:
         """Whether its biases and stop sequences fit beside those of this step; alone they always do."""
         return self._admission_words + self._words_of(admission) <= self._limits.admission_words
 
-    def admit(self, slot: int, admission: Admission) -> None:
-        """Gives the slot a new owner, with an empty block table."""
+    def admit(self, slot: int, admission: Admission, seq_len: int, num_tokens: int) -> None:
+        """Gives the slot a new owner, with an empty block table.
+
+        Args:
+            slot: which.
+            admission: what the owner asked for.
+            seq_len: its tokens whose KV is in the blocks that it will be supplied with.
+            num_tokens: its tokens that are known.
+        """
         self._admission_words += self._words_of(admission)
         delta = self._of(slot)
         delta.flags = delta.flags & ~RELEASE | ADMIT
-        delta.admission = admission
+        delta.admission, delta.progress = admission, (seq_len, num_tokens)
 
-    def arm(self, slot: int, first_token: int, tokens: Sequence[int], query_len: int | None = None) -> None:
-        """The slot computes `tokens`, which start at position `first_token` of its sequence, in this step.
+    def arm(self, slot: int, first_token: int, tokens: bytes, query_len: int | None = None) -> None:
+        """The slot computes `tokens` (int32 words) from position `first_token` of its sequence on, in this step.
 
         With `query_len`, only so many of them; those behind are known to the device from now on.
         """
         delta = self._of(slot)
         delta.flags |= ARM
-        delta.query_len = len(tokens) if query_len is None else query_len
+        delta.query_len = len(tokens) // _WORD_BYTES if query_len is None else query_len
         delta.first_token, delta.tokens = first_token, tokens
 
     def supply(self, slot: int, first_block: int, blocks: Sequence[int]) -> None:
@@ -122,52 +186,49 @@ class SlotDeltas:
         self._deltas[slot] = _SlotDelta(flags=RELEASE)
 
     def pack(self, words: Int32Array, step: int) -> None:
-        """Writes the batch in the layout that `graphexec.kernels.apply` reads.
+        """Writes the batch in the layout of `graphexec.kernels.delta_layout`.
 
         Raises:
             ValueError: the batch carries more than the layout holds.
         """
-        limits, width, count = self._limits, self._limits.entry_words, len(self)
-        words[0] = count
-        words[1] = np.uint32(step & 0xFFFFFFFF).astype(np.int32)
-        if count == 0:
-            return
-        entries = words[HEADER_WORDS : HEADER_WORDS + count * width].reshape(count, width)
-        payload: list[int] = []
-        if self._growth is not None:
-            self._pack_growth(entries, self._growth, payload)
-            entries = entries[len(self._growth.slots) :]
-        if self._deltas:
-            self._pack_deltas(entries, payload)
-        if len(payload) > limits.payload_words:
-            raise ValueError(f"The deltas of step {step} carry more than {limits.payload_words} words of payload.")
-        begin = HEADER_WORDS + limits.max_slots * width
-        words[begin : begin + len(payload)] = payload
+        payload = _Payload()
+        entries = [] if self._growth is None else [self._pack_growth(self._growth, payload)]
+        entries += [self._pack_one(slot, delta, payload) for slot, delta in self._deltas.items()]
+        if payload.words > self._limits.payload_words:
+            raise ValueError(
+                f"The deltas of step {step} carry more than {self._limits.payload_words} words of payload."
+            )
+        header = struct.pack(f"=iI{4 * (HEADER_WORDS - 2)}x", len(self), step & 0xFFFFFFFF)
+        packed = np.frombuffer(b"".join([header, *entries, *payload.parts]), dtype=np.int32)
+        words[: len(packed)] = packed
 
-    def _pack_growth(self, entries: Int32Array, growth: _Growth, payload: list[int]) -> None:
+    def _pack_growth(self, growth: _Growth, payload: _Payload) -> bytes:
         if not self._deltas.keys().isdisjoint(growth.slots.tolist()):
             raise ValueError("A slot that grows has another entry in this batch (F8).")
-        grown = entries[: len(growth.slots)]
-        grown[:, :ENTRY_FIELDS] = 0
-        grown[:, 0] = growth.slots
-        offsets = np.cumsum(growth.counts) - growth.counts
-        for field_at, values in enumerate((growth.first_blocks, growth.counts, offsets), BLOCKS_FIELD):
-            grown[:, field_at] = values
-        payload += growth.blocks
+        first = payload.put(as_words(growth.blocks))
+        entries = np.zeros((len(growth.slots), self._limits.entry_words), dtype=np.int32)
+        entries[:, word_of("slot")] = growth.slots
+        entries[:, word_of("first_block")] = growth.first_blocks
+        entries[:, word_of("blocks")] = growth.counts
+        entries[:, word_of("block_offset")] = first + np.cumsum(growth.counts) - growth.counts
+        return entries.tobytes()
 
-    def _pack_deltas(self, entries: Int32Array, payload: list[int]) -> None:
-        heads, tails = [], []
-        for index, (slot, delta) in enumerate(self._deltas.items()):
-            heads.append((slot, delta.flags, delta.query_len))
-            blocks, tokens = len(delta.blocks), len(delta.tokens)
-            used = len(payload)
-            tails.append((delta.first_block, blocks, used, delta.first_token, tokens, used + blocks))
-            payload += delta.blocks
-            payload += delta.tokens
-            if delta.admission is not None:
-                self._pack_admission(entries[index], delta.admission, payload)
-        entries[:, : len(heads[0])] = heads
-        entries[:, BLOCKS_FIELD:ENTRY_FIELDS] = tails
+    def _pack_one(self, slot: int, delta: _SlotDelta, payload: _Payload) -> bytes:
+        tokens, blocks = len(delta.tokens) // _WORD_BYTES, len(delta.blocks)
+        token_offset, block_offset = payload.put(delta.tokens), payload.put(as_words(delta.blocks))
+        control = [
+            slot, delta.flags, delta.query_len,
+            delta.first_token, tokens, token_offset,
+            delta.first_block, blocks, block_offset,
+        ]  # fmt: skip
+        admission, size = delta.admission, self._limits.entry_words * _WORD_BYTES
+        if admission is None:
+            return pack_control([*control, 0, 0, 0, 0]).ljust(size, b"\0")
+        biases, sequences = len(admission.biases), len(admission.stop_sequences)
+        bias_offset = payload.put(admission.bias_words())
+        sequence_offset = payload.put(admission.stop_sequence_words(self._limits.max_stop_sequence_tokens))
+        control += [biases, bias_offset, sequences, sequence_offset]
+        return (pack_control(control, delta.progress) + admission.packed).ljust(size, b"\xff")  # -1: no stop id
 
     def _of(self, slot: int) -> _SlotDelta:
         delta = self._deltas.get(slot)
@@ -177,27 +238,3 @@ class SlotDeltas:
 
     def _words_of(self, admission: Admission) -> int:
         return 2 * len(admission.biases) + len(admission.stop_sequences) * self._limits.max_stop_sequence_tokens
-
-    def _pack_admission(self, entry: Int32Array, admission: Admission, payload: list[int]) -> None:
-        _pack_fields(entry, admission)
-        ids, values = zip(*admission.biases, strict=True) if admission.biases else ((), ())
-        entry[17:19] = len(ids), len(payload)
-        payload += ids
-        payload += np.array(values, dtype=np.float32).view(np.int32).tolist()
-        entry[19:21] = len(admission.stop_sequences), len(payload)
-        for sequence in admission.stop_sequences:
-            payload += [-1] * (self._limits.max_stop_sequence_tokens - len(sequence))
-            payload += sequence
-
-
-def _pack_fields(entry: Int32Array, admission: Admission) -> None:
-    floats = entry[:17].view(np.float32)
-    entry[3:6] = admission.seq_len, admission.num_tokens, admission.prompt_len
-    entry[6:8] = admission.max_len, admission.min_len
-    floats[8] = admission.temperature
-    entry[9] = admission.top_k
-    floats[10:12] = admission.top_p, admission.log_min_p
-    entry[12:14] = np.array([admission.seed & 0xFFFFFFFF, admission.seed >> 32], dtype=np.uint32).view(np.int32)
-    floats[14:17] = admission.repetition_penalty, admission.presence_penalty, admission.frequency_penalty
-    entry[ENTRY_FIELDS:] = -1
-    entry[ENTRY_FIELDS : ENTRY_FIELDS + len(admission.stop_ids)] = admission.stop_ids

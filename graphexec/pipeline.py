@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
+import weakref
 from collections.abc import Callable
 from typing import Protocol
-
-import torch
 
 from graphexec.capture.buckets import BucketTable
 from graphexec.controller import Controller
 from graphexec.errors import BucketOverflowError, ConfigError, DeviceError, GraphexecError, StepTimeout
+from graphexec.lifetime import DeviceSide
 from graphexec.plan import (
     Delta,
-    DeviceIO,
     GraphKey,
     Int32Array,
     RecordLayout,
@@ -23,10 +21,9 @@ from graphexec.plan import (
     StepProgram,
     StepResult,
 )
-from graphexec.rings import OutputRing, StagingRing
 from graphexec.runtime import Runtime
 
-__all__ = ["Launcher", "Pipeline", "PipelineHandle", "keep_for_ever"]
+__all__ = ["Launcher", "Pipeline", "PipelineHandle"]
 
 _STEP_MASK = 0xFFFFFFFF
 
@@ -44,13 +41,16 @@ class Launcher(Protocol):
 class PipelineHandle(StepHandle):
     """A step on its way through the pipeline."""
 
-    def __init__(self, pipeline: Pipeline, step: int, key: GraphKey, bound: int, last_delta: int) -> None:
+    def __init__(self, pipeline: Pipeline, step: int, key: GraphKey, bound: int, last_delta: int | None) -> None:
         self.step = step
         self.key = key
         self.bound = bound
         self.last_delta = last_delta
         self._pipeline = pipeline
         self._result: StepResult | BucketOverflowError | DeviceError | None = None
+
+    def done(self) -> bool:
+        return self._result is not None or self._pipeline.arrived(self)
 
     def result(self, timeout_s: float | None = None) -> StepResult:
         if self._result is None:
@@ -73,8 +73,8 @@ class Pipeline:
         compute  -- step N ---------------||-- step N+1 ---------------||-- step N+2 ...   queued ahead: no bubble
         copy                 waits done[N] -> copy to host -> copied[N]
 
-    Fences: F1 to F3 in OutputRing, F4 in StagingRing. F8 is the caller's: one delta for a slot in a batch. F7: `close`
-    frees nothing before both streams have drained.
+    Fences: F1 to F3 in OutputRing, F4 in StagingRing. F8 is the caller's: one delta for a slot in a batch. F7 is that
+    of DeviceSide, which also holds when a pipeline is dropped without `close`, or the interpreter ends.
     """
 
     def __init__(
@@ -82,21 +82,20 @@ class Pipeline:
     ) -> None:
         with runtime.activated():
             self.runtime = runtime
-            self.compute = runtime.stream("compute")
-            self._copy = runtime.stream("copy")
-            self.records = OutputRing(runtime, program.record)
-            self.staging = StagingRing(runtime, program.staging_words)
+            self.device_side = DeviceSide(runtime, program)
+            self.compute, self._copy = self.device_side.compute, self.device_side.copy
+            self.records, self.staging = self.device_side.records, self.device_side.staging
+            self.io = self.device_side.io
             self.controller = Controller(program.max_slots, buckets)
             self.wait_s = 0.0
-            self.io = DeviceIO(self.records.device, torch.zeros(1, dtype=torch.int32, device=runtime.device))
             self._program = program
             self.buckets, self.rows = buckets, rows
             self._timeout_s = timeout_s
             self._next_step = 0
-            self._last_delta = -1
+            self._last_delta: int | None = None  # what the device holds until our first one is somebody else's
             self._failure: BaseException | None = None
             self._stuck = self._closed = False
-            self.held: list[object] = [program]  # what steps in flight use lives as long as the pipeline (F7)
+            self._dropped = weakref.finalize(self, self.device_side.release)
             program.bind(self.io)
             runtime.settle()
 
@@ -106,11 +105,12 @@ class Pipeline:
             return GraphKey("idle", 0, 0, plan.variant)
         bucket = self.controller.bucket_for(bound)
         per_slot = self._program.rows_per_slot
+        chunk_rows, chunk_slots = plan.chunk_rows, plan.chunk_slots
         # Chunks of one token (the end of a prompt, or all of it) are rows like any other.
-        short_chunks = per_slot == 1 and plan.chunk_rows == plan.chunk_slots
-        if plan.chunk_rows == 0 or (short_chunks and plan.variant in self._program.variants):
+        short_chunks = per_slot == 1 and chunk_rows == chunk_slots
+        if chunk_rows == 0 or (short_chunks and plan.variant in self._program.variants):
             return GraphKey("decode", bucket * per_slot, bucket, plan.variant)
-        rows = plan.chunk_rows + max(bound - plan.chunk_slots, 0) * per_slot
+        rows = chunk_rows + max(bound - chunk_slots, 0) * per_slot
         return GraphKey("mixed", self.rows.fit(rows) or rows, bucket, plan.variant)
 
     def submit(self, plan: StepPlan, launcher: Launcher) -> PipelineHandle:
@@ -161,13 +161,19 @@ class Pipeline:
 
         def enqueue() -> None:
             upload()
-            self.staging.retire_behind(slot, self.compute)
+            self.staging.retire_behind(slot, self.compute)  # F4: the host refills the slot after the device read it
             self._last_delta = step
 
         return enqueue
 
+    def arrived(self, handle: PipelineHandle) -> bool:
+        """What `PipelineHandle.done` says of a step that was not collected."""
+        self._raise_if_closed()
+        return self.records.arrived(handle.step)
+
     def collect(self, handle: PipelineHandle, timeout_s: float | None) -> StepResult:
         """What `PipelineHandle.result` does. Needs no device to be current: it asks handles and reads host memory."""
+        self._raise_if_closed()
         limit = self._timeout_s if timeout_s is None else timeout_s
         started = time.perf_counter()
         landed = self.records.wait(handle.step, limit)
@@ -184,27 +190,14 @@ class Pipeline:
         return result
 
     def close(self) -> None:
-        """Drains both streams, then frees events and rings; a pipeline that does not drain is never freed (F7)."""
+        """Drains both streams, then frees what the device used; what does not drain is never freed (F7)."""
         if self._closed:
             return
         self._closed = True
-        with self.runtime.activated():
-            self._failure = self._failure or GraphexecError("The pipeline is closed.")
-            patience = 0.1 if self._stuck else self._timeout_s  # who has waited once in vain does not wait again
-            self._stuck = not self._drain(patience)
-            if self._stuck:
-                keep_for_ever(self)
-                return
-            self.records.close()
-            self.staging.close()
-            self.runtime.close_stream(self.compute)
-            self.runtime.close_stream(self._copy)
-
-    def _drain(self, patience: float) -> bool:
-        try:
-            return self.compute.drain(patience) and self._copy.drain(patience)
-        except DeviceError:  # nobody knows what a failed device still does
-            return False
+        self._failure = self._failure or GraphexecError("The pipeline is closed.")
+        self._dropped.detach()
+        patience = 0.1 if self._stuck else self._timeout_s  # who has waited once in vain does not wait again
+        self._stuck = not self.device_side.close(patience)
 
     @property
     def drained(self) -> bool:
@@ -232,9 +225,14 @@ class Pipeline:
                 f"The pipeline takes no more steps: {self._failure} Create a new backend."
             ) from self._failure
 
+    def _raise_if_closed(self) -> None:
+        if self._closed:  # its events are gone, and so is what the record would be read from
+            raise DeviceError("The pipeline was closed before this step was collected.")
+
     def _check(self, words: Int32Array, handle: PipelineHandle) -> None:
         step, _, _, overflow, _, last_delta = words[:6].tolist()
-        if (step - handle.step) & _STEP_MASK or (last_delta - handle.last_delta) & _STEP_MASK:
+        wrong_step = (step - handle.step) & _STEP_MASK
+        if wrong_step or (handle.last_delta is not None and (last_delta - handle.last_delta) & _STEP_MASK):
             self._failure = DeviceError(
                 f"The record of step {handle.step} carries step {step & _STEP_MASK} and delta {last_delta} "
                 f"(expected delta {handle.last_delta}): host and device disagree. "
@@ -248,13 +246,12 @@ class Pipeline:
             )
 
     def _raise_timeout(self, handle: PipelineHandle, limit: float) -> None:
-        self._stuck = True
-        keep_for_ever(self)
+        self._stuck = self._stuck or limit >= self._timeout_s  # a shorter limit was the caller's, and says nothing
         done, copied = self.records.fences(handle.step)
         passed = "copied (F2)" if copied else "done (F1)" if done else "none; the step itself is still running"
         raise StepTimeout(
             f"Step {handle.step} ({handle.key}) did not arrive within {limit} s. Last fence passed: {passed}. "
-            "Nothing it uses will be freed."
+            "Nothing it uses will be freed before it has."
         )
 
 
@@ -269,8 +266,3 @@ def _unpack(words: Int32Array, layout: RecordLayout, step: int) -> StepResult:
         tokens=words[begin + 2 * slots : layout.base_words].reshape(slots, layout.tokens_per_slot),
         extra=words[layout.base_words :] if len(words) > layout.base_words else None,
     )
-
-
-def keep_for_ever(owner: object) -> None:
-    """Keeps `owner` and all it holds from ever being freed: the device may still write into it."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))

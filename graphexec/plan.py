@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ class StepResult:
     extra: Int32Array | None
 
 
-class Delta(Protocol):
+class Delta(ABC):
     """Host-to-device changes of one step; at most one for a slot, since two would race in the apply kernel (F8).
 
     The words of an earlier delta may still stand in what `pack` is given. All zeros must be a delta that changes
@@ -120,9 +120,21 @@ class Delta(Protocol):
     """
 
     @property
+    @abstractmethod
     def armed(self) -> Sequence[int]:
         """Slots that may run because of it: admitted, re-armed, resumed or supplied with blocks."""
 
+    @property
+    def chunk_slots(self) -> int:
+        """Slots that compute a prompt chunk in its step; 0 where the program takes no chunks."""
+        return 0
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of those chunks together."""
+        return 0
+
+    @abstractmethod
     def pack(self, words: Int32Array, step: int) -> None:
         """Writes itself into `words`, the program's `staging_words` int32s, with the number of the step.
 
@@ -137,14 +149,20 @@ class StepPlan:
     Attributes:
         variant: one of the program's `variants`, or of its `chunk_variants` where there are chunks.
         delta: changes to apply before the step, or None.
-        chunk_slots: slots that compute a prompt chunk in this step (0 for a decode step).
-        chunk_rows: rows of those chunks together.
     """
 
     variant: str
     delta: Delta | None = None
-    chunk_slots: int = 0
-    chunk_rows: int = 0
+
+    @property
+    def chunk_slots(self) -> int:
+        """Slots that compute a prompt chunk in this step (0 for a decode step)."""
+        return 0 if self.delta is None else self.delta.chunk_slots
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of those chunks together."""
+        return 0 if self.delta is None else self.delta.chunk_rows
 
 
 class StepHandle(ABC):
@@ -155,6 +173,14 @@ class StepHandle(ABC):
     """
 
     step: int
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether `result` has something to say at once: its record has reached the host, or failed to. Never blocks.
+
+        Raises:
+            DeviceError: the device failed.
+        """
 
     @abstractmethod
     def result(self, timeout_s: float | None = None) -> StepResult:

@@ -66,6 +66,10 @@ class OutputRing:
         """Blocks until the record of `step` is on the host (F2); False when the time is up."""
         return self._copied[step % RING_SLOTS].wait(timeout_s)
 
+    def arrived(self, step: int) -> bool:
+        """Whether the record of `step` is on the host (F2). Never blocks."""
+        return self._copied[step % RING_SLOTS].query()
+
     def fences(self, step: int) -> tuple[bool, bool]:
         """Whether `done` and `copied` of `step` have passed, for an error message."""
         slot = step % RING_SLOTS

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from graphexec.kernels.apply import ENTRY_FIELDS, HEADER_WORDS, apply_deltas
+from graphexec.kernels.apply import apply_deltas
+from graphexec.kernels.delta_layout import ENTRY_WORDS, HEADER_WORDS
 from graphexec.kernels.state import SlotTensors, StepTensors
 
 __all__ = ["SlotLimits", "SlotState"]
@@ -48,7 +49,7 @@ class SlotLimits:
 
     @property
     def entry_words(self) -> int:
-        return ENTRY_FIELDS + self.max_stop_ids
+        return ENTRY_WORDS + self.max_stop_ids
 
     @property
     def payload_words(self) -> int:
@@ -79,12 +80,13 @@ class SlotState:
         # One token more than a sequence may have: the last sampled token is stored before its slot is found to end.
         self.slots = SlotTensors.allocate(
             limits.max_slots,
-            limits.max_stop_ids,
-            limits.max_blocks,
-            limits.max_tokens + 1,
             device,
-            max_biases=limits.max_biases,
-            stop_sequences=(limits.max_stop_sequences, limits.max_stop_sequence_tokens),
+            tokens=limits.max_tokens + 1,
+            blocks=limits.max_blocks,
+            stop_ids=limits.max_stop_ids,
+            biases=limits.max_biases,
+            stop_sequences=limits.max_stop_sequences,
+            stop_sequence_tokens=limits.max_stop_sequence_tokens,
         )
         # One row more than a step may have: a compiled model would make a step that fills the buffer a case of its own.
         self.step = StepTensors.allocate(limits.max_slots, limits.max_rows + 1, device)

@@ -13,14 +13,10 @@ over, and nothing has to be kept right when a request is preempted and computed 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from graphexec.kernels.lang import tl, triton
-
-if TYPE_CHECKING:
-    from graphexec.kernels.sample import SamplingState
+from graphexec.kernels.state import SlotTensors
 
 __all__ = ["adjust_reference", "adjust_triton"]
 
@@ -106,7 +102,7 @@ def _penalty_kernel(
         tl.debug_barrier()  # the table is clear before the next row is counted
 
 
-def adjust_triton(logits: torch.Tensor, slots: torch.Tensor, state: SamplingState) -> None:
+def adjust_triton(logits: torch.Tensor, slots: torch.Tensor, state: SlotTensors) -> None:
     """Adjusts the rows of active slots in place.
 
     Args:
@@ -130,7 +126,7 @@ def adjust_triton(logits: torch.Tensor, slots: torch.Tensor, state: SamplingStat
     )  # fmt: skip
 
 
-def adjust_reference(logits: torch.Tensor, slots: torch.Tensor, state: SamplingState) -> None:
+def adjust_reference(logits: torch.Tensor, slots: torch.Tensor, state: SlotTensors) -> None:
     """`adjust_triton` in torch, for any float dtype and device; on the CPU it skips what no row of the batch needs."""
     at = slots.clamp(min=0).long()
     active = slots >= 0

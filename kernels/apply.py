@@ -4,47 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from graphexec.kernels.delta_layout import ADMIT, ARM, CONTROL, ENTRY_WORDS, HEADER_WORDS, RELEASE, word_of
 from graphexec.kernels.lang import tl, triton, use_triton
-from graphexec.kernels.state import SlotTensors
+from graphexec.kernels.state import SlotTensors, parameter_words
 
-__all__ = [
-    "ADMIT",
-    "ARM",
-    "BLOCKS_FIELD",
-    "ENTRY_FIELDS",
-    "HEADER_WORDS",
-    "RELEASE",
-    "apply_deltas",
-    "apply_deltas_reference",
-    "apply_deltas_triton",
-]
-
-HEADER_WORDS = 4
-"""Number of entries, step number, 0, 0."""
-ENTRY_FIELDS = 27
-"""Fixed words of an entry, before its stop ids. In order, floats by their bits:
-
-slot, flags, query_len | seq_len, num_tokens, prompt_len, max_len, min_len | temperature, top_k, top_p, log_min_p,
-seed low, seed high | repetition, presence and frequency penalty | biases, their payload offset (ids, then values) |
-stop sequences, their payload offset (W words each) | first block, blocks, their payload offset | first token, tokens,
-their payload offset."""
-
-BLOCKS_FIELD = 21
-"""The word of an entry with which its first block, blocks and their payload offset begin."""
-
-ADMIT = 1
-"""The slot gets a new owner: lengths, sampling and stop parameters are set, its block table starts empty."""
-ARM = 2
-"""`query_len` is set: the slot computes that many tokens in the step of this delta."""
-RELEASE = 4
-"""The slot stops running (abort, preemption)."""
+__all__ = ["apply_deltas", "apply_deltas_reference", "apply_deltas_triton"]
 
 
 def apply_deltas(staging: torch.Tensor, slots: SlotTensors, block_size: int) -> None:
     """Applies a packed batch to `slots`, in place.
 
-    `staging` is int32: header, S entries of `ENTRY_FIELDS + K` words, then the payload (block numbers and token ids).
-    A slot may stand in one entry only (F8). Blocks that cover the position a parked slot waits for revive it.
+    `staging` is int32, as `delta_layout` describes it. A slot may stand in one entry only (F8). Blocks that cover the
+    position a parked slot waits for revive it.
     """
     if use_triton(staging):
         apply_deltas_triton(staging, slots, block_size)
@@ -54,46 +25,50 @@ def apply_deltas(staging: torch.Tensor, slots: SlotTensors, block_size: int) -> 
 
 def apply_deltas_reference(staging: torch.Tensor, slots: SlotTensors, block_size: int) -> None:
     """What `apply_deltas` means, entry by entry."""
-    words = staging.tolist()
-    max_slots, max_stop_ids = slots.stop_ids.shape
-    width = ENTRY_FIELDS + max_stop_ids
-    payload = HEADER_WORDS + max_slots * width
-    slots.last_delta[0] = words[1]
-    for begin in range(HEADER_WORDS, HEADER_WORDS + words[0] * width, width):
-        slot, flags, query_len = words[begin : begin + 3]
-        first_block, blocks, block_offset, first_token, tokens, token_offset = words[begin + 21 : begin + 27]
+    count, step = staging[:2].tolist()
+    width = ENTRY_WORDS + slots.stop_ids.shape[1]
+    payload = staging[HEADER_WORDS + count * width :]
+    slots.last_delta[0] = step
+    for entry in staging[HEADER_WORDS : HEADER_WORDS + count * width].view(count, width):
+        delta = dict(zip(CONTROL, entry[: len(CONTROL)].tolist(), strict=True))
+        slot, flags = delta["slot"], delta["flags"]
         if flags & ADMIT:
-            bits = staging[begin : begin + width]
-            floats = bits[:17].view(torch.float32)
-            slots.seq_lens[slot], slots.num_tokens[slot], slots.prompt_len[slot] = words[begin + 3 : begin + 6]
-            slots.max_len[slot], slots.min_len[slot] = words[begin + 6 : begin + 8]
-            slots.temperature[slot], slots.top_k[slot] = floats[8], words[begin + 9]
-            slots.top_p[slot], slots.log_min_p[slot] = floats[10], floats[11]
-            slots.seed[slot] = bits[12:14].clone().view(torch.int64)[0]
-            slots.repetition_penalty[slot] = floats[14]
-            slots.presence_penalty[slot], slots.frequency_penalty[slot] = floats[15], floats[16]
-            biases, bias_offset, sequences, sequence_offset = words[begin + 17 : begin + 21]
-            source = payload + bias_offset
-            slots.bias_ids[slot] = -1
-            slots.bias_ids[slot, :biases] = staging[source : source + biases]
-            slots.bias_values[slot, :biases] = staging[source + biases : source + 2 * biases].view(torch.float32)
-            source, sequence_words = payload + sequence_offset, sequences * slots.stop_sequences.shape[2]
-            slots.num_stop_sequences[slot] = sequences
-            slots.stop_sequences[slot].view(-1)[:sequence_words] = staging[source : source + sequence_words]
-            slots.stop_ids[slot] = bits[ENTRY_FIELDS:]
-            slots.num_blocks[slot] = slots.parked[slot] = slots.query_lens[slot] = 0
-        source = payload + token_offset
-        slots.token_ids[slot, first_token : first_token + tokens] = staging[source : source + tokens]
-        if blocks:
-            source = payload + block_offset
-            slots.block_tables[slot, first_block : first_block + blocks] = staging[source : source + blocks]
-            slots.num_blocks[slot] = first_block + blocks
-            if slots.parked[slot] and slots.seq_lens[slot] // block_size < first_block + blocks:
+            _admit_reference(delta, entry, payload, slots)
+        first, count = delta["first_token"], delta["tokens"]
+        slots.token_ids[slot, first : first + count] = payload[delta["token_offset"] :][:count]
+        first, count = delta["first_block"], delta["blocks"]
+        if count:
+            slots.block_tables[slot, first : first + count] = payload[delta["block_offset"] :][:count]
+            slots.num_blocks[slot] = first + count
+            if slots.parked[slot] and slots.seq_lens[slot] // block_size < first + count:
                 slots.parked[slot], slots.query_lens[slot] = 0, 1
         if flags & ARM:
-            slots.query_lens[slot] = query_len
+            slots.query_lens[slot] = delta["query_len"]
         if flags & RELEASE:
             slots.query_lens[slot] = slots.parked[slot] = 0
+
+
+def _admit_reference(delta: dict[str, int], entry: torch.Tensor, payload: torch.Tensor, slots: SlotTensors) -> None:
+    slot = delta["slot"]
+    slots.parameters.view(-1)[_places(slot, slots)] = entry[len(CONTROL) : ENTRY_WORDS]
+    biases, source = delta["biases"], payload[delta["bias_offset"] :]
+    slots.bias_ids[slot] = -1
+    slots.bias_ids[slot, :biases] = source[:biases]
+    slots.bias_values[slot, :biases] = source[biases : 2 * biases].view(torch.float32)
+    sequences, source = delta["stop_sequences"], payload[delta["stop_sequence_offset"] :]
+    words = sequences * slots.stop_sequences.shape[2]
+    slots.num_stop_sequences[slot] = sequences
+    slots.stop_sequences[slot].view(-1)[:words] = source[:words]
+    slots.stop_ids[slot] = entry[ENTRY_WORDS:]
+    slots.num_blocks[slot] = slots.parked[slot] = slots.query_lens[slot] = 0
+
+
+def _places(slot: int, slots: SlotTensors) -> torch.Tensor:
+    """Where in `parameters` the words of a slot stand, `[P]`: a row for each, but 8 bytes side by side in two rows."""
+    words, stride = slots.parameters.shape
+    narrow, word = parameter_words(4), torch.arange(words, device=slots.parameters.device)
+    wide = word - narrow
+    return torch.where(word < narrow, word * stride + slot, (narrow + wide // 2 * 2) * stride + 2 * slot + wide % 2)
 
 
 def apply_deltas_triton(staging: torch.Tensor, slots: SlotTensors, block_size: int) -> None:
@@ -103,22 +78,11 @@ def apply_deltas_triton(staging: torch.Tensor, slots: SlotTensors, block_size: i
     sequence_words = slots.stop_sequences.shape[1] * sequence_tokens
     _apply[(max_slots,)](
         staging,
+        slots.parameters,
         slots.query_lens,
         slots.seq_lens,
-        slots.num_tokens,
-        slots.prompt_len,
-        slots.max_len,
-        slots.min_len,
         slots.num_blocks,
         slots.parked,
-        slots.temperature,
-        slots.top_k,
-        slots.top_p,
-        slots.log_min_p,
-        slots.seed,
-        slots.repetition_penalty,
-        slots.presence_penalty,
-        slots.frequency_penalty,
         slots.bias_ids,
         slots.bias_values,
         slots.num_stop_sequences,
@@ -127,7 +91,7 @@ def apply_deltas_triton(staging: torch.Tensor, slots: SlotTensors, block_size: i
         slots.block_tables,
         slots.token_ids,
         slots.last_delta,
-        MAX_SLOTS=max_slots,
+        STRIDE=slots.parameters.shape[1],
         STOP_IDS=max_stop_ids,
         STOP_LANES=triton.next_power_of_2(max_stop_ids),
         BIASES=max_biases,
@@ -138,32 +102,44 @@ def apply_deltas_triton(staging: torch.Tensor, slots: SlotTensors, block_size: i
         MAX_BLOCKS=slots.block_tables.shape[1],
         MAX_TOKENS=slots.token_ids.shape[1],
         BLOCK_SIZE=block_size,
-        ENTRY_FIELDS_=ENTRY_FIELDS,
-        HEADER=HEADER_WORDS,
         CHUNK=256,
         num_warps=4,
     )
 
 
+_HEADER = tl.constexpr(HEADER_WORDS)
+_ENTRY = tl.constexpr(ENTRY_WORDS)
+_ADMIT = tl.constexpr(ADMIT)
+_ARM = tl.constexpr(ARM)
+_RELEASE = tl.constexpr(RELEASE)
+_SLOT = tl.constexpr(word_of("slot"))
+_FLAGS = tl.constexpr(word_of("flags"))
+_QUERY_LEN = tl.constexpr(word_of("query_len"))
+_FIRST_BLOCK = tl.constexpr(word_of("first_block"))
+_BLOCKS = tl.constexpr(word_of("blocks"))
+_BLOCK_OFFSET = tl.constexpr(word_of("block_offset"))
+_FIRST_TOKEN = tl.constexpr(word_of("first_token"))
+_TOKENS = tl.constexpr(word_of("tokens"))
+_TOKEN_OFFSET = tl.constexpr(word_of("token_offset"))
+_SEQ_LEN = tl.constexpr(word_of("seq_len"))
+_BIASES = tl.constexpr(word_of("biases"))
+_BIAS_OFFSET = tl.constexpr(word_of("bias_offset"))
+_SEQUENCES = tl.constexpr(word_of("stop_sequences"))
+_SEQUENCE_OFFSET = tl.constexpr(word_of("stop_sequence_offset"))
+_PARAMETERS = tl.constexpr(len(CONTROL))  # where they begin in an entry
+_WORDS = tl.constexpr(parameter_words())
+_NARROW = tl.constexpr(parameter_words(4))
+_WORD_LANES = tl.constexpr(1 << (parameter_words() - 1).bit_length())
+
+
 @triton.jit
 def _apply(
-    staging,  # [HEADER + S * (ENTRY_FIELDS + STOP_IDS) + payload]
+    staging,  # [HEADER + count * (ENTRY + STOP_IDS) + payload]
+    parameters,  # [WORDS, STRIDE]
     query_lens,  # [S]
-    seq_lens,  # [S]
-    num_tokens,  # [S]
-    prompt_len,  # [S]
-    max_len,  # [S]
-    min_len,  # [S]
+    seq_lens,  # [S], one of the parameters
     num_blocks,  # [S]
     parked,  # [S]
-    temperature,  # [S]
-    top_k,  # [S]
-    top_p,  # [S]
-    log_min_p,  # [S]
-    seed,  # [S]
-    repetition_penalty,  # [S]
-    presence_penalty,  # [S]
-    frequency_penalty,  # [S]
     bias_ids,  # [S, BIASES]
     bias_values,  # [S, BIASES]
     num_stop_sequences,  # [S]
@@ -172,7 +148,7 @@ def _apply(
     block_tables,  # [S, MAX_BLOCKS]
     token_ids,  # [S, MAX_TOKENS]
     last_delta,  # [1]
-    MAX_SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr,
     STOP_IDS: tl.constexpr,
     STOP_LANES: tl.constexpr,
     BIASES: tl.constexpr,
@@ -183,71 +159,62 @@ def _apply(
     MAX_BLOCKS: tl.constexpr,
     MAX_TOKENS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    ENTRY_FIELDS_: tl.constexpr,
-    HEADER: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     index = tl.program_id(0)
     if index == 0:
         tl.store(last_delta, tl.load(staging + 1))
-    if index >= tl.load(staging):
+    count = tl.load(staging)
+    if index >= count:
         return
-    entry = staging + HEADER + index * (ENTRY_FIELDS_ + STOP_IDS)
-    payload = staging + HEADER + MAX_SLOTS * (ENTRY_FIELDS_ + STOP_IDS)
-    slot = tl.load(entry)
-    flags = tl.load(entry + 1)
+    entry = staging + _HEADER + index * (_ENTRY + STOP_IDS)
+    payload = staging + _HEADER + count * (_ENTRY + STOP_IDS)
+    slot = tl.load(entry + _SLOT)
+    flags = tl.load(entry + _FLAGS)
     # The slot's new values are kept in registers and stored once: within a program, a load after a store by another
     # thread would need a barrier.
     query_len = tl.load(query_lens + slot)
     is_parked = tl.load(parked + slot)
     seq_len = tl.load(seq_lens + slot)
     held_blocks = tl.load(num_blocks + slot)
-    if flags & 1:  # ADMIT
+    if flags & _ADMIT:
         query_len = query_len * 0
         is_parked = is_parked * 0
         held_blocks = held_blocks * 0
-        seq_len = tl.load(entry + 3)
-        tl.store(seq_lens + slot, seq_len)
-        tl.store(num_tokens + slot, tl.load(entry + 4))
-        tl.store(prompt_len + slot, tl.load(entry + 5))
-        tl.store(max_len + slot, tl.load(entry + 6))
-        tl.store(min_len + slot, tl.load(entry + 7))
-        tl.store(temperature + slot, tl.load(entry + 8).to(tl.float32, bitcast=True))
-        tl.store(top_k + slot, tl.load(entry + 9))
-        tl.store(top_p + slot, tl.load(entry + 10).to(tl.float32, bitcast=True))
-        tl.store(log_min_p + slot, tl.load(entry + 11).to(tl.float32, bitcast=True))
-        low = tl.load(entry + 12).to(tl.int64) & 0xFFFFFFFF
-        tl.store(seed + slot, (tl.load(entry + 13).to(tl.int64) << 32) | low)
-        tl.store(repetition_penalty + slot, tl.load(entry + 14).to(tl.float32, bitcast=True))
-        tl.store(presence_penalty + slot, tl.load(entry + 15).to(tl.float32, bitcast=True))
-        tl.store(frequency_penalty + slot, tl.load(entry + 16).to(tl.float32, bitcast=True))
-        biases = tl.load(entry + 17)
-        source = payload + tl.load(entry + 18)
+        seq_len = tl.load(entry + _SEQ_LEN)
+        word = tl.arange(0, _WORD_LANES)
+        wide = word - _NARROW
+        in_wide = (_NARROW + wide // 2 * 2) * STRIDE + 2 * slot + wide % 2
+        place = tl.where(word < _NARROW, word * STRIDE + slot, in_wide)
+        values = tl.load(entry + _PARAMETERS + word, mask=word < _WORDS, other=0)
+        tl.store(parameters + place, values, mask=word < _WORDS)
+        biases = tl.load(entry + _BIASES)
+        source = payload + tl.load(entry + _BIAS_OFFSET)
         lane = tl.arange(0, BIAS_LANES)
         ids = tl.load(source + lane, mask=lane < biases, other=-1)
-        values = tl.load(source + biases + lane, mask=lane < biases, other=0)
+        bits = tl.load(source + biases + lane, mask=lane < biases, other=0)
         tl.store(bias_ids + slot * BIASES + lane, ids, mask=lane < BIASES)
-        tl.store(bias_values + slot * BIASES + lane, values.to(tl.float32, bitcast=True), mask=lane < biases)
-        sequences = tl.load(entry + 19)
-        source = payload + tl.load(entry + 20)
+        tl.store(bias_values + slot * BIASES + lane, bits.to(tl.float32, bitcast=True), mask=lane < biases)
+        sequences = tl.load(entry + _SEQUENCES)
+        source = payload + tl.load(entry + _SEQUENCE_OFFSET)
         lane = tl.arange(0, SEQUENCE_LANES)
         used = lane < sequences * SEQUENCE_TOKENS
         tl.store(stop_sequences + slot * SEQUENCE_WORDS + lane, tl.load(source + lane, mask=used, other=-1), mask=used)
         tl.store(num_stop_sequences + slot, sequences)
         lane = tl.arange(0, STOP_LANES)
-        stops = tl.load(entry + ENTRY_FIELDS_ + lane, mask=lane < STOP_IDS, other=-1)
+        stops = tl.load(entry + _ENTRY + lane, mask=lane < STOP_IDS, other=-1)
         tl.store(stop_ids + slot * STOP_IDS + lane, stops, mask=lane < STOP_IDS)
-    first_token = tl.load(entry + 24)
-    tokens = tl.load(entry + 25)
-    source = payload + tl.load(entry + 26)
+    first_token = tl.load(entry + _FIRST_TOKEN)
+    tokens = tl.load(entry + _TOKENS)
+    source = payload + tl.load(entry + _TOKEN_OFFSET)
     for done in range(0, tokens, CHUNK):
         offset = done + tl.arange(0, CHUNK)
         values = tl.load(source + offset, mask=offset < tokens, other=0)
         target = token_ids + slot.to(tl.int64) * MAX_TOKENS + first_token
         tl.store(target + offset, values, mask=offset < tokens)
-    first_block = tl.load(entry + 21)
-    blocks = tl.load(entry + 22)
-    source = payload + tl.load(entry + 23)
+    first_block = tl.load(entry + _FIRST_BLOCK)
+    blocks = tl.load(entry + _BLOCKS)
+    source = payload + tl.load(entry + _BLOCK_OFFSET)
     for done in range(0, blocks, CHUNK):
         offset = done + tl.arange(0, CHUNK)
         values = tl.load(source + offset, mask=offset < blocks, other=0)
@@ -257,9 +224,9 @@ def _apply(
         if (is_parked != 0) & (seq_len // BLOCK_SIZE < held_blocks):
             is_parked = is_parked * 0
             query_len = query_len * 0 + 1
-    if flags & 2:  # ARM
-        query_len = tl.load(entry + 2)
-    if flags & 4:  # RELEASE
+    if flags & _ARM:
+        query_len = tl.load(entry + _QUERY_LEN)
+    if flags & _RELEASE:
         query_len = query_len * 0
         is_parked = is_parked * 0
     tl.store(query_lens + slot, query_len)

@@ -6,12 +6,11 @@ program a row would take most of a step; each leaves its best, and one small ker
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from graphexec.kernels.lang import tl, triton
 from graphexec.kernels.philox import philox_reference, philox_words, uniform, uniform_reference
+from graphexec.kernels.state import SlotTensors
 from graphexec.kernels.thresholds import (
     CHUNK,
     CutWorkspace,
@@ -20,9 +19,6 @@ from graphexec.kernels.thresholds import (
     settled_digit,
     stops_masked,
 )
-
-if TYPE_CHECKING:
-    from graphexec.kernels.sample import SamplingState
 
 __all__ = ["ChunkBests", "add_noise", "choose", "find_peaks", "noise_reference"]
 
@@ -235,7 +231,7 @@ def _choose_kernel(
     tl.store(nan_ptr + row, tl.where(choosable, 0, 1))
 
 
-def find_peaks(logits: torch.Tensor, slots: torch.Tensor, state: SamplingState, bests: ChunkBests) -> None:
+def find_peaks(logits: torch.Tensor, slots: torch.Tensor, state: SlotTensors, bests: ChunkBests) -> None:
     """Writes the largest logit of each chunk, after the minimum-length mask, its id, and what else the chunk holds.
 
     Args:
@@ -253,7 +249,7 @@ def find_peaks(logits: torch.Tensor, slots: torch.Tensor, state: SamplingState, 
 
 
 def add_noise(
-    logits: torch.Tensor, slots: torch.Tensor, state: SamplingState, bests: ChunkBests, work: CutWorkspace | None
+    logits: torch.Tensor, slots: torch.Tensor, state: SlotTensors, bests: ChunkBests, work: CutWorkspace | None
 ) -> None:
     """Writes `scores` and `score_ids` of the sampled rows, from `peaks` and from what `search_cut` left in `work`.
 
@@ -278,7 +274,7 @@ def add_noise(
 
 def choose(
     slots: torch.Tensor,
-    state: SamplingState,
+    state: SlotTensors,
     bests: ChunkBests,
     tokens: torch.Tensor,
     nan: torch.Tensor,

@@ -29,12 +29,12 @@ from graphexec.kernels.adjust import adjust_reference, adjust_triton
 from graphexec.kernels.gumbel import ChunkBests, add_noise, choose, find_peaks, noise_reference
 from graphexec.kernels.lang import use_triton
 from graphexec.kernels.logprobs import logprobs_reference, logprobs_triton
+from graphexec.kernels.state import SlotTensors
 from graphexec.kernels.thresholds import cut_reference, search_cut, stops_masked_reference
 
 __all__ = [
     "SampleOutput",
     "SamplerVariant",
-    "SamplingState",
     "report_logprobs",
     "sample",
     "sample_reference",
@@ -71,44 +71,6 @@ class SamplerVariant(StrEnum):
 
 
 @dataclass(frozen=True)
-class SamplingState:
-    """Sampling parameters by slot: device tensors of length S, contiguous, on the device of the logits.
-
-    Attributes:
-        temperature: float32, 0 = greedy.
-        log_min_p: float32, logarithm of min-p, -inf = off.
-        top_k: int32, 0 = off.
-        top_p: float32, 1 = off.
-        seed: int64, the Philox key.
-        repetition_penalty: float32, 1 = off.
-        presence_penalty, frequency_penalty: float32, 0 = off.
-        bias_ids: int32 `[S, J]`, distinct ids, -1 = unused entry.
-        bias_values: float32 `[S, J]`.
-        token_ids: int32 `[S, L]`, the sequence: `prompt_len` tokens of the prompt, then the output.
-        prompt_len: int32.
-        num_tokens: int32, tokens known so far, which is the absolute index of the token being sampled.
-        min_len: int32, the slot's stop ids cannot be chosen while `num_tokens < min_len`.
-        stop_ids: int32 `[S, K]`, -1 = unused entry.
-    """
-
-    temperature: torch.Tensor
-    log_min_p: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    seed: torch.Tensor
-    repetition_penalty: torch.Tensor
-    presence_penalty: torch.Tensor
-    frequency_penalty: torch.Tensor
-    bias_ids: torch.Tensor
-    bias_values: torch.Tensor
-    token_ids: torch.Tensor
-    prompt_len: torch.Tensor
-    num_tokens: torch.Tensor
-    min_len: torch.Tensor
-    stop_ids: torch.Tensor
-
-
-@dataclass(frozen=True)
 class SampleOutput:
     """Fixed buffers of one bucket, written in place; entries of padding rows keep what they held.
 
@@ -128,7 +90,7 @@ class SampleOutput:
 
 
 def sample(
-    logits: torch.Tensor, slots: torch.Tensor, state: SamplingState, variant: SamplerVariant, out: SampleOutput
+    logits: torch.Tensor, slots: torch.Tensor, state: SlotTensors, variant: SamplerVariant, out: SampleOutput
 ) -> None:
     """Samples one token a row into `out`, without a host sync or an allocation that depends on data.
 
@@ -144,7 +106,7 @@ def sample(
 
 
 def sample_triton(
-    logits: torch.Tensor, slots: torch.Tensor, state: SamplingState, variant: SamplerVariant, out: SampleOutput
+    logits: torch.Tensor, slots: torch.Tensor, state: SlotTensors, variant: SamplerVariant, out: SampleOutput
 ) -> None:
     """`sample` by the kernels, for bfloat16, float16 and float32 logits."""
     if logits.shape[0] == 0:
@@ -192,7 +154,7 @@ def _logprob_buffers(out: SampleOutput) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 def sample_reference(
-    logits: torch.Tensor, slots: torch.Tensor, state: SamplingState, variant: SamplerVariant, out: SampleOutput
+    logits: torch.Tensor, slots: torch.Tensor, state: SlotTensors, variant: SamplerVariant, out: SampleOutput
 ) -> None:
     """`sample` in torch, on any device; on the CPU it skips the work that no row of the batch needs."""
     if logits.shape[0] == 0:
@@ -224,7 +186,7 @@ def sample_reference(
 
 
 def _sampled_reference(
-    allowed: torch.Tensor, at: torch.Tensor, is_sampled: torch.Tensor, state: SamplingState, shaped: bool
+    allowed: torch.Tensor, at: torch.Tensor, is_sampled: torch.Tensor, state: SlotTensors, shaped: bool
 ) -> torch.Tensor:
     """The Gumbel-max token of each row, int64 `[B]`; rows that are not sampled hold any token."""
     temperature = torch.where(is_sampled, state.temperature[at], 1.0).to(allowed.dtype)[:, None]

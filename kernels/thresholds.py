@@ -8,14 +8,10 @@ the next digit, and the next launch picks the digit. Sums have a fixed order, so
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from graphexec.kernels.lang import tl, triton
-
-if TYPE_CHECKING:
-    from graphexec.kernels.sample import SamplingState
+from graphexec.kernels.state import SlotTensors
 
 __all__ = [
     "CHUNK",
@@ -194,7 +190,7 @@ class CutWorkspace:
         self.top_k_cut = torch.empty(rows, dtype=torch.int32, device=device)
 
 
-def search_cut(logits: torch.Tensor, slots: torch.Tensor, state: SamplingState, peaks: torch.Tensor) -> CutWorkspace:
+def search_cut(logits: torch.Tensor, slots: torch.Tensor, state: SlotTensors, peaks: torch.Tensor) -> CutWorkspace:
     """Launches the top-k search, then the top-p search among what top-k left; rows without a filter leave at once.
 
     The last digit stays in the workspace: the kernel that uses the cut settles it (one launch less).
@@ -227,7 +223,7 @@ def search_cut(logits: torch.Tensor, slots: torch.Tensor, state: SamplingState, 
     return work
 
 
-def stops_masked_reference(logits: torch.Tensor, at: torch.Tensor, state: SamplingState) -> torch.Tensor:
+def stops_masked_reference(logits: torch.Tensor, at: torch.Tensor, state: SlotTensors) -> torch.Tensor:
     """`logits [B, V]` with the stop ids of slot `at[b]` (int64 `[B]`) at -inf while the slot is below its minimum."""
     below_minimum = state.num_tokens[at] < state.min_len[at]
     if not logits.is_cuda and not bool(below_minimum.any()):

@@ -23,7 +23,7 @@ from graphexec.capture.manifest import CapturedGraph, Manifest
 from graphexec.capture.verify import check_record, check_written, compare, poison, snapshot
 from graphexec.config import BackendConfig
 from graphexec.errors import CaptureError, GraphexecError
-from graphexec.pipeline import Pipeline, keep_for_ever
+from graphexec.pipeline import Pipeline
 from graphexec.plan import GraphKey, StepHandle, StepPlan, StepProgram
 from graphexec.rings import RING_SLOTS
 from graphexec.runtime import Graph, Runtime
@@ -44,10 +44,11 @@ class CudaGraphBackend(ExecutionBackend):
         self._graphs: GraphSet | None = None
 
     def prepare(self, program: StepProgram) -> None:
+        self.close()  # what an earlier program had
         self._program = program
         self._pipeline = open_pipeline(self._config, self._runtime, program)
         self._graphs = GraphSet(self._runtime, self._pipeline.compute)
-        self._pipeline.held.append(self._graphs)
+        self._pipeline.device_side.own(self._graphs)
         self._launcher = _GraphLauncher(program, self._pipeline, self._graphs, self._config)
 
     def warmup(self, progress: Progress | None = None) -> Manifest:
@@ -88,14 +89,8 @@ class CudaGraphBackend(ExecutionBackend):
         return BackendStats(pipeline.controller.stats(), self._launcher.replays)
 
     def close(self) -> None:
-        if self._pipeline is None or self._graphs is None:
-            return
-        self._pipeline.close()
-        if self._pipeline.drained:
-            self._launcher.close()
-            self._graphs.close()
-        else:
-            keep_for_ever(self)
+        if self._pipeline is not None:
+            self._pipeline.close()
 
     def _prepared(self) -> tuple[Pipeline, GraphSet]:
         assert self._pipeline is not None, "prepare() comes first"
@@ -120,7 +115,7 @@ class CudaGraphBackend(ExecutionBackend):
             self._runtime.trim()  # the first capture makes the pool grow, and cannot use what torch merely caches
         used_before = self._runtime.used()
         warm = time.perf_counter()
-        graph = graphs.capture(key, lambda: self._program.step(key))
+        graph = graphs.capture(key, partial(self._program.step, key))  # which holds nothing of the pipeline
         captured = time.perf_counter()
         pool_bytes = self._runtime.used() - used_before
         if self._verifies:
@@ -175,26 +170,25 @@ class _GraphLauncher(EagerLauncher):
     def __init__(self, program: StepProgram, pipeline: Pipeline, graphs: GraphSet, config: BackendConfig) -> None:
         super().__init__(program, pipeline)
         self._graphs = graphs
-        self._uploads: list[Graph] = []
+        self._upload_graphs: list[Graph] = []
         self._refused: set[GraphKey] = set()
         self._config = config
         self.replays = 0
 
     def capture_uploads(self) -> None:
         """One small graph for each staging slot: a copy and the apply kernel then cost a single launch."""
-        self.pipeline.compute.run(partial(self.apply, 0))  # an empty batch, which compiles what the capture needs
+        apply = self.uploads.apply
+        self.pipeline.compute.run(partial(apply, 0))  # an empty batch, which compiles what the capture needs
         self.pipeline.synchronize()
         try:
-            for slot in range(RING_SLOTS):
-                self._uploads.append(self._graphs.capture_unkeyed(partial(self.apply, slot)))
+            self._upload_graphs = [self._graphs.capture_unkeyed(partial(apply, slot)) for slot in range(RING_SLOTS)]
         except torch.OutOfMemoryError:
             _log.warning("No graphs for uploads: out of memory. Deltas will be applied eagerly.")
-            self.close()
 
     def upload(self, staging_slot: int) -> Callable[[], None]:
-        if not self._uploads:
+        if not self._upload_graphs:
             return super().upload(staging_slot)
-        return partial(self.pipeline.compute.launch, self._uploads[staging_slot])
+        return partial(self.pipeline.compute.launch, self._upload_graphs[staging_slot])
 
     def step(self, key: GraphKey) -> Callable[[], None]:
         if key.phase == "idle":
@@ -213,11 +207,6 @@ class _GraphLauncher(EagerLauncher):
             return self._eagerly(key, "no graph")
         self.replays += 1
         return partial(self.pipeline.compute.launch, graph)
-
-    def close(self) -> None:
-        for graph in self._uploads:
-            graph.close()
-        self._uploads.clear()
 
     def _eagerly(self, key: GraphKey, reason: str) -> Callable[[], None]:
         self.pipeline.controller.count_eager(reason)

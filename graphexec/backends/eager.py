@@ -31,6 +31,7 @@ class EagerBackend(ExecutionBackend):
         self._pipeline: Pipeline | None = None
 
     def prepare(self, program: StepProgram) -> None:
+        self.close()  # what an earlier program had
         self._program = program
         self._pipeline = open_pipeline(self._config, self._runtime, program)
         self._launcher = _CountingLauncher(program, self._pipeline)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -12,10 +13,12 @@ from graphexec.capture.buckets import BucketTable, default_ladder, row_ladder
 from graphexec.config import BackendConfig
 from graphexec.pipeline import Pipeline
 from graphexec.plan import GraphKey, StepProgram
+from graphexec.rings import StagingRing
 from graphexec.runtime import Runtime
 
 __all__ = [
     "EagerLauncher",
+    "Uploads",
     "bucket_sizes",
     "open_pipeline",
     "preserved_state",
@@ -49,24 +52,36 @@ def open_pipeline(config: BackendConfig, runtime: Runtime, program: StepProgram)
     return Pipeline(runtime, program, bucket_sizes(config, program.max_slots), rows, config.step_timeout_s)
 
 
+class Uploads:
+    """What brings a staging slot to the device and applies it.
+
+    Refers to nothing of the host's: work in the queue of a stream must not be the last to hold a pipeline.
+    """
+
+    def __init__(self, program: StepProgram, staging: StagingRing) -> None:
+        self._program = program
+        self._staging = staging
+
+    def apply(self, staging_slot: int) -> None:
+        """Runs on the compute stream."""
+        staging = self._staging
+        staging.device.copy_(staging.pinned(staging_slot), non_blocking=True)
+        self._program.apply(staging.device)
+
+
 class EagerLauncher:
     """Enqueues steps and uploads as ordinary calls on the compute stream."""
 
     def __init__(self, program: StepProgram, pipeline: Pipeline) -> None:
         self.program = program
         self.pipeline = pipeline
+        self.uploads = Uploads(program, pipeline.staging)
 
     def upload(self, staging_slot: int) -> Callable[[], None]:
-        return lambda: self.pipeline.compute.run(lambda: self.apply(staging_slot))
+        return partial(self.pipeline.compute.run, partial(self.uploads.apply, staging_slot))
 
     def step(self, key: GraphKey) -> Callable[[], None]:
-        return lambda: self.pipeline.compute.run(lambda: self.program.step(key))
-
-    def apply(self, staging_slot: int) -> None:
-        """Uploads a staging slot and applies it; runs on the compute stream."""
-        staging = self.pipeline.staging
-        staging.device.copy_(staging.pinned(staging_slot), non_blocking=True)
-        self.program.apply(staging.device)
+        return partial(self.pipeline.compute.run, partial(self.program.step, key))
 
 
 def warmup_keys(program: StepProgram, pipeline: Pipeline) -> list[GraphKey]:

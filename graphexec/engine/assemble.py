@@ -12,14 +12,14 @@ import torch
 from graphexec.backends import ExecutionBackend, Progress, create_backend
 from graphexec.capture.manifest import Manifest
 from graphexec.config import CompileMode, EngineConfig
-from graphexec.engine.architectures import Decoder
 from graphexec.engine.cache_size import measure_num_blocks, minimal_num_blocks
-from graphexec.engine.detokenizer import Tokenizer
-from graphexec.engine.loader import load_config, load_model, load_tokenizer, model_folder
 from graphexec.engine.program import DecoderProgram
 from graphexec.engine.resolve import ResolvedConfig, kv_block_bytes, resolve
 from graphexec.errors import ConfigError
 from graphexec.kernels.lang import launches_early, settle_cache_folder
+from graphexec.models.decoder import Decoder
+from graphexec.models.loader import load_config, load_model, load_tokenizer, model_folder
+from graphexec.models.tokenizer import Tokenizer
 from graphexec.runtime import Runtime, create_runtime
 from graphexec.slots import SlotLimits
 

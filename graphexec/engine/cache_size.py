@@ -8,7 +8,7 @@ import torch
 
 from graphexec.backends import bucket_sizes, create_backend
 from graphexec.config import BackendConfig
-from graphexec.deltas import Admission, SlotDeltas
+from graphexec.deltas import Admission, SlotDeltas, as_words
 from graphexec.engine.program import DecoderProgram
 from graphexec.errors import ConfigError
 from graphexec.plan import StepPlan
@@ -84,27 +84,15 @@ def measure_num_blocks(
 def _largest_step(limits: SlotLimits, variant: str) -> StepPlan:
     """A step that fills every row it may have with prompt chunks."""
     deltas = SlotDeltas(limits)
-    rows_left, next_block, chunks = limits.max_rows, 1, 0
+    rows_left, next_block = limits.max_rows, 1
     for slot in range(limits.max_slots):
         chunk = min(rows_left, limits.max_tokens - 1)
         if chunk == 0:
             break
         blocks = -(-chunk // limits.block_size)
-        deltas.admit(
-            slot,
-            Admission(
-                seq_len=0,
-                num_tokens=chunk,
-                max_len=chunk + 1,
-                min_len=0,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                seed=0,
-                stop_ids=(),
-            ),
-        )
-        deltas.arm(slot, 0, [0] * chunk)
+        newcomer = Admission(max_len=chunk + 1, min_len=0, temperature=1.0, top_k=0, top_p=1.0, seed=0, stop_ids=())
+        deltas.admit(slot, newcomer, seq_len=0, num_tokens=chunk)
+        deltas.arm(slot, 0, as_words([0] * chunk))
         deltas.supply(slot, 0, range(next_block, next_block + blocks))
-        rows_left, next_block, chunks = rows_left - chunk, next_block + blocks, chunks + 1
-    return StepPlan(variant, deltas, chunks, limits.max_rows - rows_left)
+        rows_left, next_block = rows_left - chunk, next_block + blocks
+    return StepPlan(variant, deltas)

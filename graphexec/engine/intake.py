@@ -5,25 +5,49 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from numbers import Integral
+from typing import NamedTuple
 
-from graphexec.engine.detokenizer import Detokenizer, Tokenizer
+from graphexec.deltas import as_words
+from graphexec.engine.generation import Generation, Live
 from graphexec.engine.params import SamplingParams
 from graphexec.engine.request import Request
-from graphexec.engine.stop_strings import StopStrings
+from graphexec.engine.text.output_text import OutputText
+from graphexec.engine.text.stop_strings import StopStrings
 from graphexec.errors import RequestError
+from graphexec.models.tokenizer import Tokenizer
 from graphexec.slots import SlotLimits
 
-__all__ = ["Intake", "Prompt", "as_batch"]
+__all__ = ["Abort", "Intake", "Prompt", "as_batch"]
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""
 
 
+class Abort(NamedTuple):
+    """The wish to end a request.
+
+    Attributes:
+        request_id: whose.
+        sample: which of its samples; None for all.
+        error: why, where it failed; None where somebody wants it to end.
+    """
+
+    request_id: str
+    sample: int | None = None
+    error: str | None = None
+
+
 class Intake:
-    """Checks what comes in, and queues it. `submit` and `abort` may be called from any thread."""
+    """Checks what comes in, and queues it. `submit` and `abort` may be called from any thread.
+
+    Args:
+        live: the requests that were not ended yet; those that come in are entered.
+    """
 
     def __init__(
         self,
@@ -33,6 +57,7 @@ class Intake:
         vocab_size: int,
         eos_token_ids: tuple[int, ...],
         seed: int,
+        live: Live,
     ) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
@@ -40,36 +65,47 @@ class Intake:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._seed = seed
+        self._live = live
         self._ids = itertools.count()
-        self._arrivals: deque[Request] = deque()
-        self._aborts: deque[str] = deque()
+        self._arrivals: deque[Generation] = deque()
+        self._aborts: deque[Abort] = deque()
+        self._closing = threading.Lock()
+        self._closed: RequestError | None = None
 
-    def submit(self, prompt: Prompt, params: SamplingParams, live: dict[str, list[Request]]) -> str:
-        """Queues a request for each sample, and enters them among the `live` ones before the engine's thread sees them.
-
-        Returns:
-            Their request id.
+    def check(self, prompt: Prompt, params: SamplingParams) -> list[Generation]:
+        """A request for each sample of a prompt, not queued yet.
 
         Raises:
-            RequestError: it cannot be served; nothing was queued.
+            RequestError: it cannot be served.
         """
         requests = self._make(prompt, params)
-        request_id = requests[0].request_id
-        live[request_id] = list(requests)
-        self._arrivals.extend(requests)
-        return request_id
+        return [Generation(each, self._output_text(each), self._stop_strings(params)) for each in requests]
 
-    def refuse(self, params: SamplingParams, refusal: RequestError) -> Request:
+    def submit(self, generations: Sequence[Generation]) -> None:
+        """Queues what `check` made: enters it among the live requests, and lets the engine's thread see it.
+
+        Raises:
+            RequestError: nothing comes in any more; nothing was queued.
+        """
+        with self._closing:
+            if self._closed is not None:
+                raise self._closed
+            request = generations[0].request
+            self._live[request.request_id] = {each.request.index: each for each in generations}
+            self._arrivals.extend(generations)
+
+    def refuse(self, params: SamplingParams, refusal: RequestError) -> Generation:
         """A request that has failed before it was queued."""
-        request = Request(f"refused-{next(self._ids)}", (), params, (), 0, 0, None)
-        request.finish("error", str(refusal))
-        return request
+        generation = Generation(Request(f"refused-{next(self._ids)}", (), params, (), 0, 0))
+        generation.finish("error", str(refusal))
+        return generation
 
-    def abort(self, request_id: str) -> None:
-        self._aborts.append(request_id)
+    def abort(self, abort: Abort) -> None:
+        """Takes no lock: the garbage collector calls it too, in the middle of anything."""
+        self._aborts.append(abort)
 
-    def take(self) -> tuple[list[Request], list[str]]:
-        """What has come in since the last call: requests, and the ids of those to abort.
+    def take(self) -> tuple[list[Generation], list[Abort]]:
+        """What has come in since the last call: requests, and those to abort.
 
         Aborts are taken out first: an abort that is seen was called after its request was queued, which is then seen
         as well.
@@ -77,6 +113,11 @@ class Intake:
         aborts = [self._aborts.popleft() for _ in range(len(self._aborts))]
         arrivals = [self._arrivals.popleft() for _ in range(len(self._arrivals))]
         return arrivals, aborts
+
+    def close(self, why: RequestError) -> None:
+        """From now on nothing comes in: `submit` raises `why`."""
+        with self._closing:
+            self._closed = why
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """See Engine.chat."""
@@ -109,6 +150,7 @@ class Intake:
             )
         # Knuth's multiplier spreads consecutive requests over the seeds; any odd number would do.
         seed = params.seed if params.seed is not None else (self._seed + 1 + number) * 2654435761
+        words = as_words(token_ids)
         return [
             Request(
                 request_id=str(number),
@@ -119,8 +161,7 @@ class Intake:
                 biases=biases,
                 seed=(seed + index) % 2**63,
                 max_len=max_len,
-                detokenizer=Detokenizer(self._tokenizer) if self._tokenizer is not None else None,
-                stop_strings=self._stop_strings(params),
+                prompt_words=words,
             )
             for index in range(params.n)
         ]
@@ -152,6 +193,16 @@ class Intake:
                 f"One of stop_sequences has {longest} tokens; the engine holds "
                 f"{self._limits.max_stop_sequence_tokens}. Raise max_stop_sequence_tokens."
             )
+
+    def _output_text(self, request: Request) -> OutputText | None:
+        if self._tokenizer is None:
+            return None
+        params = request.params
+        report = partial(self._report, request.request_id, request.index)
+        return OutputText(self._tokenizer, params.stop, params.stop_sequences, report)
+
+    def _report(self, request_id: str, index: int, error: str) -> None:
+        self.abort(Abort(request_id, index, error))
 
     def _stop_strings(self, params: SamplingParams) -> StopStrings | None:
         if not params.stop:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import numpy as np
 import torch
 
-from graphexec.engine.architectures import EXERCISED_BLOCKS, Decoder
-from graphexec.engine.logprobs import PROMPT_LOGPROBS, LogprobArrays
+from graphexec.engine.outputs.logprobs import PROMPT_LOGPROBS, LogprobArrays
 from graphexec.engine.params import MAX_LOGPROBS
 from graphexec.kernels.attention import AttentionRows, attention_rows
 from graphexec.kernels.paged_decode import choose_splits
 from graphexec.kernels.prepare import prepare
-from graphexec.kernels.sample import SampleOutput, SamplerVariant, SamplingState, report_logprobs, sample
+from graphexec.kernels.sample import SampleOutput, SamplerVariant, report_logprobs, sample
 from graphexec.kernels.update import update
+from graphexec.models.decoder import Decoder
+from graphexec.models.layers import EXERCISED_BLOCKS
 from graphexec.plan import DeviceIO, FloatArray, GraphKey, Int32Array, RecordLayout, StepProgram
 from graphexec.slots import SlotLimits, SlotState
 
@@ -53,8 +53,6 @@ class DecoderProgram(StepProgram):
             PROMPT_LOGPROBS: output_words + prompt_words,
         }
         self.record = RecordLayout(limits.max_slots, extra_words=output_words + prompt_words)
-        slots = self.state_of_slots.slots
-        self._sampling = SamplingState(**{part.name: getattr(slots, part.name) for part in fields(SamplingState)})
         # With dynamic=True a float of a module would be dynamic, too: torch finds that it can't be, and traces again.
         self._with_constant_floats = torch._dynamo.config.patch(specialize_float=True)
         is_cuda = weight.device.type == "cuda"
@@ -91,7 +89,7 @@ class DecoderProgram(StepProgram):
     def _sample(self, logits: torch.Tensor, key: GraphKey) -> None:
         active = self.state_of_slots.step.active_slots[: key.bucket]
         variant = SamplerVariant.LOGPROBS if key.variant == PROMPT_LOGPROBS else SamplerVariant(key.variant)
-        sample(logits, active, self._sampling, variant, self._out)
+        sample(logits, active, self.state_of_slots.slots, variant, self._out)
         if variant is SamplerVariant.LOGPROBS:
             self._put_extra(self._out, 0)
 

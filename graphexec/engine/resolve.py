@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from graphexec.config import CompileMode, EngineConfig
-from graphexec.engine.architectures import check_supported, head_dim
 from graphexec.errors import ConfigError
+from graphexec.models.architectures import check_supported, head_dim
 
 __all__ = ["ResolvedConfig", "kv_block_bytes", "resolve"]
 

@@ -142,5 +142,9 @@ class Runtime(ABC):
         """Waits for all work of the device, such as initialisations on other streams. For set-up, never for a step."""
 
     @abstractmethod
+    def is_worker(self) -> bool:
+        """Whether the calling thread is one that runs the work of streams: it must not wait for them."""
+
+    @abstractmethod
     def close_stream(self, stream: Stream) -> None:
         """Ends a drained stream."""

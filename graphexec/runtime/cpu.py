@@ -19,6 +19,9 @@ from graphexec.runtime.base import Event, Graph, GraphInfo, Pool, Runtime, Strea
 
 __all__ = ["CpuEvent", "CpuGraph", "CpuRuntime", "CpuStream"]
 
+_thread = threading.local()
+"""`works` is set in the workers of streams."""
+
 
 class CpuEvent(Event):
     """Counts generations: each record asks for the next one, and a wait is for the latest one asked for at its call."""
@@ -123,16 +126,17 @@ class CpuStream(Stream):
         self._thread.join(timeout=10)
 
     def _serve(self) -> None:
+        _thread.works = True
         torch.set_num_threads(self._threads)  # the setting is a thread's own, and a worker would begin with the default
         with self._runtime.activated():
             while (item := self._work.get()) is not None:
                 work, is_fence = item
-                if self._failure is not None and not is_fence:
-                    continue
-                try:
-                    work()
-                except BaseException as failure:  # kept, and raised by the next call from the host
-                    self._failure = failure
+                if self._failure is None or is_fence:
+                    try:
+                        work()
+                    except BaseException as failure:  # kept, and raised by the next call from the host
+                        self._failure = failure
+                del work, item  # or what they refer to would live until there is more work
 
 
 class CpuRuntime(Runtime):
@@ -173,6 +177,9 @@ class CpuRuntime(Runtime):
 
     def settle(self) -> None:
         pass
+
+    def is_worker(self) -> bool:
+        return getattr(_thread, "works", False)
 
     def close_stream(self, stream: Stream) -> None:
         assert isinstance(stream, CpuStream)

@@ -151,6 +151,9 @@ class CudaRuntime(Runtime):
     def settle(self) -> None:
         torch.cuda.synchronize(self.device)
 
+    def is_worker(self) -> bool:
+        return False
+
     def close_stream(self, stream: Stream) -> None:
         pass  # torch owns its streams
 

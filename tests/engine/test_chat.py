@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from graphexec import Engine, EngineConfig, RequestError, SamplingParams
-from graphexec.engine.loader import model_folder
+from graphexec.models.loader import model_folder
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[me]"
 TURN = [{"role": "user", "content": "hi"}]

@@ -96,7 +96,7 @@ def test_the_version_is_printed() -> None:
 def test_env_prints_the_resolved_configuration() -> None:
     done = run("env")
     assert done.returncode == 0, done.stderr
-    for word in ("torch", "max_model_len", "backend.overlap_depth", "1024"):
+    for word in ("torch", "max_model_len", "overlap_depth", "1024"):
         assert word in done.stdout
 
 

@@ -19,10 +19,10 @@ from torch._inductor.decomposition import select_decomp_table
 
 from graphexec import BackendConfig, Engine, EngineConfig, SamplingParams
 from graphexec.engine import assemble
-from graphexec.engine.architectures import Decoder
-from graphexec.engine.loader import load_config, load_model
 from graphexec.kernels.lang import settle_cache_folder
 from graphexec.kernels.linear import linear_op
+from graphexec.models.decoder import Decoder
+from graphexec.models.loader import load_config, load_model
 from tests.support.checkpoints import make_checkpoint
 
 

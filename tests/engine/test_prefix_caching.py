@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphexec import Engine, SamplingParams
-from graphexec.engine.prefix_cache import PrefixCache
+from graphexec.engine.scheduling.prefix_cache import Prefix, PrefixCache
 from tests.support.symbolic_program import VOCABULARY, symbolic_engine, tokens_alone
 from tests.support.traffic import Arrival, replay, shared_prompts, traffic
 
@@ -146,9 +146,9 @@ def test_a_waiting_request_is_not_looked_up_in_every_step(monkeypatch: pytest.Mo
         lookups: list[int] = []
         find = PrefixCache.find
 
-        def counted_find(self: PrefixCache, tokens: Iterator[tuple[int, ...]]) -> object:
+        def counted_find(self: PrefixCache, tokens: bytes, sound_only: bool = False) -> Prefix:
             lookups.append(engine.stats().steps)
-            return find(self, tokens)
+            return find(self, tokens, sound_only)
 
         monkeypatch.setattr(PrefixCache, "find", counted_find)
         waiting = engine.add_request([*range(60, 80), *prompt], greedy(4))

@@ -6,7 +6,7 @@ without a prefix cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,12 +18,16 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from graphexec import BackendConfig, Engine, EngineConfig, SamplingParams
-from graphexec.engine.request import Request
+from graphexec.engine.scheduling.placement import Placement
 from tests.support.checkpoints import make_checkpoint
 from tests.support.plain import PlainModel
 from tests.support.traffic import Arrival, Outcome, PlainLogprob, any_params, replay, shared_prompts, traffic
 
-# backend, depth, KV blocks of 8 tokens (24 hold three long requests of eight), whether prompt chunks overlap
+LAZY = (("capture_sizes", (1,)), ("lazy_capture", True))
+SPARSE = (("capture_sizes", (3,)),)
+
+# backend, depth, KV blocks of 8 tokens (24 hold three long requests of eight), whether prompt chunks overlap, and
+# further settings of the backend: graphs made when they are first needed, and batches for which there is none
 SETTINGS = [
     ("eager", 1, 200, True),
     ("cudagraph", 0, 24, True),
@@ -32,6 +36,8 @@ SETTINGS = [
     ("cudagraph", 1, 24, False),
     ("cudagraph", 2, 24, True),
     ("cudagraph", 4, 24, True),
+    ("cudagraph", 1, 24, True, LAZY),
+    ("cudagraph", 2, 24, True, SPARSE),
 ]
 
 
@@ -41,7 +47,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_engine(
-    checkpoint: Path, name: str, depth: int, blocks: int, overlap_prefill: bool = True, prefix_caching: bool = True
+    checkpoint: Path,
+    name: str,
+    depth: int,
+    blocks: int,
+    overlap_prefill: bool = True,
+    backend: Sequence[tuple[str, object]] = (),
+    prefix_caching: bool = True,
 ) -> Engine:
     return Engine(
         EngineConfig(
@@ -54,9 +66,9 @@ def make_engine(
             kv_block_size=8,
             num_kv_blocks=blocks,
             prefix_caching=prefix_caching,
-            backend=BackendConfig(
-                name=name, overlap_depth=depth, overlap_prefill=overlap_prefill, step_timeout_s=30, verify=False
-            ),
+            overlap_depth=depth,
+            overlap_prefill=overlap_prefill,
+            backend=BackendConfig(name=name, step_timeout_s=30, verify=False, **dict(backend)),
         )
     )
 
@@ -67,10 +79,19 @@ def alone(checkpoint: Path) -> Iterator[Engine]:
         yield engine
 
 
-@pytest.fixture(scope="module", params=SETTINGS, ids=lambda setting: "-".join(map(str, setting)))
+@pytest.fixture(scope="module", params=SETTINGS, ids=lambda setting: "-".join(map(str, setting[:4])))
 def engine(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     with make_engine(checkpoint, *request.param) as engine:
         yield engine
+
+
+def test_every_setting_serves_steps_as_it_should(engine: Engine) -> None:
+    """Else the equality of lazy and missing graphs would be tested without any."""
+    for requests in (5, 2):
+        engine.generate([[5, 6]] * requests, SamplingParams(max_tokens=6, temperature=0, ignore_eos=True))
+    backend, stats = engine.config.backend, engine.stats()
+    assert (stats.replays > 0) is (backend.name == "cudagraph")
+    assert ("no graph" in stats.eager_steps) is (backend.capture_sizes is not None and not backend.lazy_capture)
 
 
 def assert_same(actual: Outcome, expected: Outcome, was_aborted: bool, tolerance: float = 1e-9) -> None:
@@ -299,14 +320,14 @@ def test_f6_a_request_is_preempted_only_when_no_step_that_ran_it_is_in_flight(
         for index in range(6)
     ]
     with make_engine(checkpoint, "cudagraph", depth, 20) as engine:
-        evict = engine._scheduler._evict
+        wait_first = engine._scheduler._wait_first
 
-        def watched_evict(request: Request) -> None:
-            steps = [step for step in engine._in_flight if request in step.scheduled.owners]
+        def watched(placement: Placement) -> None:
+            steps = [step for step in engine._in_flight if placement.generation in step.scheduled.owners]
             in_flight.append(len(steps))
-            evict(request)
+            wait_first(placement)
 
-        monkeypatch.setattr(engine._scheduler, "_evict", watched_evict)
+        monkeypatch.setattr(engine._scheduler, "_wait_first", watched)
         replay(engine, arrivals)
     assert in_flight, "the cache is too small for the load, so some request was preempted"
     assert set(in_flight) == {0}

@@ -15,7 +15,7 @@ PARAMS = SamplingParams(n=3, max_tokens=12, seed=11, temperature=1.5, ignore_eos
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     config = EngineConfig(
         model="tiny-random", device="cpu", dtype="float64", max_num_seqs=4, max_model_len=64,
-        backend=BackendConfig(overlap_depth=request.param, verify=False),
+        overlap_depth=request.param, backend=BackendConfig(verify=False),
     )  # fmt: skip
     with Engine(config) as engine:
         yield engine

@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphexec import BackendConfig, Engine, EngineConfig, RequestOutput, SamplingParams
-from graphexec.engine.collector import Collector
-from graphexec.engine.detokenizer import Detokenizer
+from graphexec.engine.generation import Generation
+from graphexec.engine.outputs.collector import Collector
+from graphexec.engine.outputs.output import AnyOutput
 from graphexec.engine.program import DecoderProgram
 from graphexec.engine.request import Request
-from graphexec.engine.scheduler import ScheduledStep, Scheduler
-from graphexec.engine.stop_strings import StopStrings
+from graphexec.engine.scheduling.scheduler import ScheduledStep, Scheduler
+from graphexec.engine.text.output_text import OutputText
+from graphexec.engine.text.stop_strings import StopStrings, held_back
 from graphexec.plan import FinishCode, StepPlan, StepResult
 
 DEPTHS = [0, 1, 2, 4]
@@ -39,7 +41,7 @@ def _close_engines() -> Iterator[None]:
 def engine_at(depth: int) -> Engine:
     config = EngineConfig(
         model="tiny-random", device="cpu", dtype="float64", max_num_seqs=4, max_model_len=128,
-        backend=BackendConfig(overlap_depth=depth, verify=False),
+        overlap_depth=depth, backend=BackendConfig(verify=False),
     )  # fmt: skip
     return _engines.enter_context(Engine(config))
 
@@ -110,7 +112,7 @@ def test_samples_with_stop_strings_end_as_alone_when_they_are_preempted(depth: i
     config = EngineConfig(
         model="tiny-random", device="cpu", dtype="float64", max_num_seqs=8, max_model_len=128, kv_block_size=8,
         num_kv_blocks=20,
-        backend=BackendConfig(overlap_depth=depth, verify=False),
+        overlap_depth=depth, backend=BackendConfig(verify=False),
     )  # fmt: skip
     with Engine(config) as engine:
         together = engine.generate(["start"] * 6, params)
@@ -241,21 +243,19 @@ def test_a_stop_string_before_an_incomplete_last_character_ends_the_text(
 ) -> None:
     """That text is held back until the character is complete, and shown when no token follows."""
     tokenizer = Halves()
-    request = Request(
-        "0", (5,), SamplingParams(stop="ab"), (3,), 0, 9, Detokenizer(tokenizer), StopStrings(["ab"], tokenizer, 0)
-    )
-    strings = request.stop_strings
-    assert strings is not None
+    request = Request("0", (5,), SamplingParams(stop="ab"), (3,), 0, 9)
+    strings = StopStrings(["ab"], tokenizer, 0)
+    generation = Generation(request, OutputText(tokenizer, ["ab"], (), pytest.fail), strings)
     for end in range(1, len(tokens)):
         assert strings.find(tokens[:end]) is None
-    request.output_token_ids += tokens
+    generation.token_ids += tokens
     if tokens[-1] == 3:
-        request.finish_at_stop_token()
+        generation.finish_at_stop_token()
     elif (match := strings.find(tokens, final=True)) is not None:
-        request.finish_at_stop_string(match)
+        generation.finish_at_stop_string(match)
     else:
-        request.finish("length")
-    output = RequestOutput(request, 0, len(tokens), True)
+        generation.finish("length")
+    output = AnyOutput.last_of(generation)
     assert (output.text, output.finish_reason) == (text, reason)
 
 
@@ -264,7 +264,7 @@ def test_a_stop_string_before_an_incomplete_character_counts_when_the_length_end
     params = SamplingParams(max_tokens=1, temperature=0, logit_bias={1: 100}, ignore_eos=True, stop="b")
     config = EngineConfig(
         model="tiny-random", device="cpu", dtype="float64", max_num_seqs=1, max_model_len=32,
-        backend=BackendConfig(overlap_depth=depth, verify=False),
+        overlap_depth=depth, backend=BackendConfig(verify=False),
     )  # fmt: skip
     with Engine(config) as engine:
         engine._intake._tokenizer = Halves()
@@ -272,19 +272,18 @@ def test_a_stop_string_before_an_incomplete_character_counts_when_the_length_end
     assert (output.text, output.finish_reason, output.token_ids) == ("", "stop", [1])
 
 
-def test_safe_length_holds_back_the_longest_beginning_of_a_stop() -> None:
-    strings = StopStrings(["abc", "cd"], Letters([]), 0)
-    assert [strings.safe_length(text) for text in ("", "xa", "xab", "xabx", "xc", "ab")] == [0, 1, 1, 4, 1, 0]
+def test_the_longest_beginning_of_a_stop_string_is_held_back() -> None:
+    assert [held_back(text, ["abc", "cd"]) for text in ("", "xa", "xab", "xabx", "xc", "ab")] == [0, 1, 2, 0, 1, 2]
 
 
 def test_the_search_does_not_share_the_consumers_detokenizer() -> None:
     """The consumer may read texts in another thread while the engine's searches."""
     engine = engine_at(1)
     engine.add_request("start", stopping(stop="zzz"))
-    (request,) = next(iter(engine._live.values()))
-    assert request.stop_strings is not None
-    assert isinstance(request.detokenizer, Detokenizer)
-    assert request.stop_strings._detokenizer is not request.detokenizer
+    (generation,) = next(iter(engine._live.values())).values()
+    assert generation.stop_strings is not None
+    assert generation.text is not None
+    assert generation.stop_strings._detokenizer is not generation.text._detokenizer
     while engine.has_unfinished():
         engine.step()
 
@@ -295,13 +294,13 @@ class CalledScheduler(Scheduler):
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def missed(self, scheduled: ScheduledStep, result: StepResult) -> None:
-        pass
+    def plain_slots(self, scheduled: ScheduledStep) -> tuple[np.ndarray, list[list[int]]]:
+        return np.zeros(1, dtype=bool), []
 
-    def abort(self, request: Request) -> None:
+    def abort(self, generation: Generation) -> None:
         self.calls.append("abort")
 
-    def retire(self, request: Request) -> None:
+    def retire(self, generation: Generation) -> None:
         self.calls.append("retire")
 
 
@@ -311,11 +310,12 @@ class CalledScheduler(Scheduler):
 def test_a_slot_that_only_the_host_stopped_is_released_before_its_next_owner(code: FinishCode, call: str) -> None:
     """Steps in flight may still run it, or a block that is under way wake it up, unless the device ended it, too."""
     tokenizer = Letters(["a"])
-    request = Request("0", (5,), SamplingParams(), (), 0, 9, None, StopStrings(["a"], tokenizer, 0))
+    request = Request("0", (5,), SamplingParams(), (), 0, 9)
+    generation = Generation(request, stop_strings=StopStrings(["a"], tokenizer, 0))
     scheduler, outputs = CalledScheduler(), []
     one = np.ones(1, dtype=np.int32)
-    scheduled = ScheduledStep(StepPlan("greedy", None, 0, 0), (request,), one.astype(bool), False, {})
+    scheduled = ScheduledStep(StepPlan("greedy"), (generation,), one.astype(np.int64))
     result = StepResult(0, 1, True, one, np.array([code], dtype=np.int32), np.zeros((1, 1), dtype=np.int32), None)
-    Collector(scheduler, cast(DecoderProgram, None), {"0": [request]}).take(scheduled, result, outputs)
+    Collector(scheduler, cast(DecoderProgram, None), {"0": {0: generation}}).take(scheduled, result, outputs)
     assert scheduler.calls == [call]
     assert [output.finish_reason for output in outputs] == ["stop"]

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from graphexec import BackendConfig, Engine, EngineConfig, RequestOutput, SamplingParams
-from graphexec.engine.loader import model_folder, model_license
+from graphexec.models.loader import model_folder, model_license
 
 MAX_TOKENS = 96
 FUNCTIONS = [
@@ -41,7 +41,7 @@ def prompts() -> list[str]:
 def open_engine(depth: int = 1, name: str = "cudagraph", blocks: int = 600, slots: int = 16) -> Engine:
     config = EngineConfig(
         model="tiny", device="cpu", dtype="float64", max_num_seqs=slots, max_model_len=256, num_kv_blocks=blocks,
-        backend=BackendConfig(name=name, overlap_depth=depth, verify=False),
+        overlap_depth=depth, backend=BackendConfig(name=name, verify=False),
     )  # fmt: skip
     return Engine(config)
 

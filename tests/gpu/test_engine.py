@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from examples.collatz import run as run_collatz
 from graphexec import BackendConfig, Engine, EngineConfig, SamplingParams
 from graphexec.kernels.sample import SamplerVariant
 from tests.support.checkpoints import make_checkpoint
+from tests.support.scripts import run_script
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -44,8 +46,8 @@ def open_engine(
     )
 
 
-def one_bucket(name: str, depth: int) -> BackendConfig:
-    return BackendConfig(name=name, overlap_depth=depth, capture_sizes=(8,), prefill_sizes=(264,))
+def one_bucket(name: str) -> BackendConfig:
+    return BackendConfig(name=name, capture_sizes=(8,), prefill_sizes=(264,))
 
 
 def requests(count: int) -> list[tuple[list[int], SamplingParams]]:
@@ -86,15 +88,15 @@ def test_with_one_bucket_graphs_depths_and_batch_mates_change_no_token(checkpoin
     """
     wanted = requests(20)
     settings = {"max_num_batched_tokens": 256}
-    with open_engine(checkpoint, one_bucket("eager", 0), prefix_caching=False, **settings) as engine:
+    with open_engine(checkpoint, one_bucket("eager"), overlap_depth=0, prefix_caching=False, **settings) as engine:
         expected = tokens(engine, wanted)
         alone = [tokens(engine, [request])[0] for request in wanted[:6]]
     assert alone == expected[:6]
     for depth in (0, 1, 2, 4):
-        with open_engine(checkpoint, one_bucket("cudagraph", depth), **settings) as engine:
+        with open_engine(checkpoint, one_bucket("cudagraph"), overlap_depth=depth, **settings) as engine:
             assert tokens(engine, wanted) == expected
             assert engine.stats().replays > 0
-    with open_engine(checkpoint, one_bucket("cudagraph", 1), num_kv_blocks=40, **settings) as engine:
+    with open_engine(checkpoint, one_bucket("cudagraph"), num_kv_blocks=40, **settings) as engine:
         assert tokens(engine, wanted) == expected
         assert engine.stats().preemptions > 0
 
@@ -108,7 +110,9 @@ def test_the_same_steps_as_graphs_or_eagerly_agree_in_every_bit(checkpoint: Path
     ]  # as many as there are slots, and of one length: both engines make the same steps
     produced = []
     for name in ("eager", "cudagraph"):
-        with open_engine(checkpoint, one_bucket(name, depth), dtype, max_num_batched_tokens=256) as engine:
+        with open_engine(
+            checkpoint, one_bucket(name), dtype, overlap_depth=depth, max_num_batched_tokens=256
+        ) as engine:
             outputs = engine.generate([prompt for prompt, _ in wanted], [params for _, params in wanted])
             produced.append([(output.token_ids, output.logprobs, output.prompt_logprobs) for output in outputs])
     assert produced[0] == produced[1]
@@ -123,7 +127,7 @@ def test_cached_prefixes_change_no_token(checkpoint: Path) -> None:
     ]
     produced = []
     for caching in (False, True):
-        with open_engine(checkpoint, one_bucket("cudagraph", 1), prefix_caching=caching) as engine:
+        with open_engine(checkpoint, one_bucket("cudagraph"), prefix_caching=caching) as engine:
             produced.append(tokens(engine, wanted))
             assert (engine.stats().prefix_cached_tokens > 0) == caching
     assert produced[0] == produced[1]
@@ -163,7 +167,7 @@ def synchronising_calls_raise() -> Iterator[None]:
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_no_call_on_the_step_path_synchronises(checkpoint: Path, depth: int) -> None:
-    with open_engine(checkpoint, BackendConfig(overlap_depth=depth)) as engine:
+    with open_engine(checkpoint, BackendConfig(), overlap_depth=depth) as engine:
         tokens(engine, requests(3))
         with synchronising_calls_raise():
             tokens(engine, requests(12))
@@ -201,3 +205,23 @@ def test_the_manifest_describes_real_graphs(checkpoint: Path) -> None:
 @pytest.mark.parametrize("depth", [0, 1, 4])
 def test_the_state_machine_runs_on_the_gpu(depth: int) -> None:
     assert run_collatz(range(1, 60), device="cuda", depth=depth) == run_collatz(range(1, 60), device="cpu", depth=0)
+
+
+@pytest.mark.parametrize(("name", "depth"), [("eager", 1), ("cudagraph", 3)])
+def test_a_script_that_ends_with_steps_in_flight_ends_cleanly(name: str, depth: int) -> None:
+    done = run_script(device="cuda", name=name, depth=depth)
+    assert done.returncode == 0, done.stderr
+    assert f"steps in flight: {depth}" in done.stdout
+
+
+def test_an_engine_that_is_dropped_in_the_middle_of_its_requests_gives_its_memory_back(checkpoint: Path) -> None:
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    engine = open_engine(checkpoint, BackendConfig(), overlap_depth=2)
+    engine.add_request([5], SamplingParams(max_tokens=100, temperature=0, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+    del engine
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert free - torch.cuda.mem_get_info()[0] < 64 * 2**20

@@ -14,11 +14,11 @@ import torch
 
 from graphexec.backends.stepping import EagerLauncher, open_pipeline
 from graphexec.config import BackendConfig
-from graphexec.deltas import Admission, SlotDeltas
+from graphexec.deltas import Admission, SlotDeltas, as_words
 from graphexec.kernels.prepare import prepare
 from graphexec.kernels.update import update
 from graphexec.pipeline import Pipeline, PipelineHandle
-from graphexec.plan import DeviceIO, GraphKey, Int32Array, RecordLayout, StepPlan, StepProgram, StepResult
+from graphexec.plan import Delta, DeviceIO, GraphKey, Int32Array, RecordLayout, StepPlan, StepProgram, StepResult
 from graphexec.runtime import CpuRuntime, Stream
 from graphexec.runtime.base import Pool
 from graphexec.runtime.cpu import CpuEvent, CpuGraph, CpuStream
@@ -244,19 +244,11 @@ def admit(deltas: SlotDeltas, slot: int, token: int, blocks: int = 8, prompt: in
     """Gives `slot` a new owner, and runs the first two tokens of its prompt, of which `token` is the second."""
     deltas.admit(
         slot,
-        Admission(
-            seq_len=0,
-            num_tokens=prompt,
-            max_len=60,
-            min_len=0,
-            temperature=0.0,
-            top_k=0,
-            top_p=1.0,
-            seed=0,
-            stop_ids=(STOP_TOKEN,),
-        ),
+        Admission(max_len=60, min_len=0, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop_ids=(STOP_TOKEN,)),
+        seq_len=0,
+        num_tokens=prompt,
     )
-    deltas.arm(slot, 0, [0, token])
+    deltas.arm(slot, 0, as_words([0, token]))
     deltas.supply(slot, 0, range(1 + 8 * slot, 1 + 8 * slot + blocks))
     return deltas
 
@@ -266,7 +258,7 @@ def admission_plan(limits: SlotLimits, tokens: dict[int, int], variant: str = "p
     deltas = SlotDeltas(limits)
     for slot, token in tokens.items():
         admit(deltas, slot, token, **changes)
-    return StepPlan(variant, deltas, len(tokens), 2 * len(tokens))
+    return StepPlan(variant, deltas)
 
 
 DECODE = StepPlan("plain")
@@ -313,7 +305,7 @@ def tokens_of(result: StepResult) -> dict[int, int]:
 
 
 @dataclass(frozen=True)
-class LyingDelta:
+class LyingDelta(Delta):
     """A delta that arms more slots than it says."""
 
     deltas: SlotDeltas

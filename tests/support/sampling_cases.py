@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from graphexec.kernels.lang import tl, triton
 from graphexec.kernels.philox import philox_reference, philox_words, uniform, uniform_reference
-from graphexec.kernels.sample import SampleOutput, SamplerVariant, SamplingState, sample_reference, sample_triton
+from graphexec.kernels.sample import SampleOutput, SamplerVariant, sample_reference, sample_triton
+from graphexec.kernels.state import SlotTensors
+from tests.support.step_cases import slots_on
 
 POISON = -77
 SCORE_ROUNDING = 1e-4
@@ -35,59 +37,41 @@ class SamplingCase:
 
     logits: torch.Tensor  # [B, V]
     slots: torch.Tensor  # [B]
-    state: SamplingState
+    state: SlotTensors
 
     def on(self, device: str) -> SamplingCase:
         """The same case there, with the row stride kept."""
         rows, vocabulary = self.logits.shape
         wide = torch.zeros(rows, self.logits.stride(0), dtype=self.logits.dtype, device=device)
         wide[:, :vocabulary] = self.logits.to(device)
-        state = SamplingState(**{f.name: getattr(self.state, f.name).to(device) for f in fields(SamplingState)})
-        return SamplingCase(wide[:, :vocabulary], self.slots.to(device), state)
+        return SamplingCase(wide[:, :vocabulary], self.slots.to(device), slots_on(self.state, device))
 
     def row(self, index: int) -> SamplingCase:
         """That row alone in its batch."""
         return replace(self, logits=self.logits[index : index + 1], slots=self.slots[index : index + 1])
 
 
-def make_state(size: int, stops: int = 2, **changes: object) -> SamplingState:
+def make_state(size: int, stops: int = 2, **changes: object) -> SlotTensors:
     """Greedy slots without filters, except for `changes` (a list by slot, or one value for all).
 
     `biases` is a dict by slot from id to value; `tokens` a list of ids by slot.
     """
-    defaults = {
-        "temperature": (0.0, torch.float32),
-        "log_min_p": (float("-inf"), torch.float32),
-        "top_k": (0, torch.int32),
-        "top_p": (1.0, torch.float32),
-        "seed": (0, torch.int64),
-        "num_tokens": (0, torch.int32),
-        "min_len": (0, torch.int32),
-        "prompt_len": (0, torch.int32),
-        "repetition_penalty": (1.0, torch.float32),
-        "presence_penalty": (0.0, torch.float32),
-        "frequency_penalty": (0.0, torch.float32),
-    }
-    columns = {}
-    for name, (default, dtype) in defaults.items():
-        value = changes.get(name, default)
-        columns[name] = torch.tensor(value if isinstance(value, list) else [value] * size, dtype=dtype)
-    stop_ids = changes.get("stop_ids", [[-1] * stops] * size)
-    bias_ids, bias_values = torch.full((size, 5), -1, dtype=torch.int32), torch.full((size, 5), float("nan"))
-    for slot, biases in enumerate(changes.get("biases", [])):
-        for entry, (token, value) in enumerate(biases.items()):
-            bias_ids[slot, 4 - entry], bias_values[slot, 4 - entry] = token, value
-    tokens = changes.get("tokens", [[]] * size)
-    token_ids = torch.full((size, max([301, *map(len, tokens)])), 0, dtype=torch.int32)
-    for slot, ids in enumerate(tokens):
-        token_ids[slot, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-    return SamplingState(
-        **columns,
-        stop_ids=torch.tensor(stop_ids, dtype=torch.int32).reshape(size, -1),
-        bias_ids=bias_ids,
-        bias_values=bias_values,
-        token_ids=token_ids,
+    stop_ids = changes.pop("stop_ids", [[-1] * stops] * size)
+    biases, tokens = changes.pop("biases", []), changes.pop("tokens", [[]] * size)
+    state = SlotTensors.allocate(
+        size, torch.device("cpu"), tokens=max([301, *map(len, tokens)]), biases=5, stop_ids=len(stop_ids[0])
     )
+    state.bias_values.fill_(float("nan"))
+    for name, value in changes.items():
+        column = getattr(state, name)
+        column.copy_(torch.tensor(value if isinstance(value, list) else [value] * size, dtype=column.dtype))
+    state.stop_ids.copy_(torch.tensor(stop_ids, dtype=torch.int32).reshape(size, -1))
+    for slot, entries in enumerate(biases):
+        for entry, (token, value) in enumerate(entries.items()):
+            state.bias_ids[slot, 4 - entry], state.bias_values[slot, 4 - entry] = token, value
+    for slot, ids in enumerate(tokens):
+        state.token_ids[slot, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+    return state
 
 
 def _make_logits(style: str, rows: int, vocabulary: int, generator: torch.Generator) -> torch.Tensor:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from hypothesis import strategies as st
 
-from graphexec.deltas import Admission, SlotDeltas
-from graphexec.kernels.apply import ADMIT, ARM, HEADER_WORDS, RELEASE, apply_deltas_reference, apply_deltas_triton
+from graphexec.deltas import Admission, SlotDeltas, as_words
+from graphexec.kernels.apply import apply_deltas_reference, apply_deltas_triton
+from graphexec.kernels.delta_layout import ADMIT, ARM, HEADER_WORDS, RELEASE
 from graphexec.kernels.prepare import prepare_reference, prepare_triton
 from graphexec.kernels.state import SlotTensors, StepTensors
 from graphexec.kernels.update import update_reference, update_triton
@@ -60,12 +61,13 @@ class StepCase:
         generator = torch.Generator().manual_seed(len(self.slots) + self.rows)
         tensors = SlotTensors.allocate(
             limits.max_slots,
-            limits.max_stop_ids,
-            limits.max_blocks,
-            limits.max_tokens + 1,
             torch.device("cpu"),
-            max_biases=limits.max_biases,
-            stop_sequences=(limits.max_stop_sequences, limits.max_stop_sequence_tokens),
+            tokens=limits.max_tokens + 1,
+            blocks=limits.max_blocks,
+            stop_ids=limits.max_stop_ids,
+            biases=limits.max_biases,
+            stop_sequences=limits.max_stop_sequences,
+            stop_sequence_tokens=limits.max_stop_sequence_tokens,
         )
         tensors.stop_sequences.fill_(POISON)  # what lies beyond those in use must not matter
         tensors.bias_ids.fill_(7)  # of the last owner, and no longer true of the next
@@ -81,7 +83,7 @@ class StepCase:
             tensors.stop_ids[index, : len(slot.stop_ids)] = torch.tensor(slot.stop_ids, dtype=torch.int32)
             tensors.block_tables[index, slot.num_blocks :] = NOWHERE
             put_sequences(tensors, index, slot.stop_sequences)
-        return _on(tensors, device)
+        return slots_on(tensors, device)
 
     @property
     def active(self) -> list[int]:
@@ -342,6 +344,7 @@ class DeltaCase:
 
     slot: int
     admission: Admission | None = None
+    progress: tuple[int, int] = (0, 0)  # of the admission: seq_len, num_tokens
     armed: tuple[int, int] | None = None  # first token, count
     blocks: tuple[int, int] | None = None  # first block, count
     released: bool = False
@@ -363,10 +366,10 @@ class ApplyCase:
                 batch.release(delta.slot)
             if delta.admission is not None:
                 assert batch.has_room_for(delta.admission)
-                batch.admit(delta.slot, delta.admission)
+                batch.admit(delta.slot, delta.admission, *delta.progress)
             if delta.armed is not None:
                 first, count = delta.armed
-                batch.arm(delta.slot, first, [(delta.slot + first + n) % VOCABULARY for n in range(count)])
+                batch.arm(delta.slot, first, as_words([(delta.slot + first + n) % VOCABULARY for n in range(count)]))
             if delta.blocks is not None:
                 first, count = delta.blocks
                 batch.supply(delta.slot, first, range(200 + first, 200 + first + count))
@@ -380,8 +383,6 @@ _biases = st.dictionaries(st.integers(0, 2**31 - 1), st.floats(width=32, allow_n
 )
 _admissions = st.builds(
     Admission,
-    seq_len=st.integers(0, 3),
-    num_tokens=st.integers(1, 9),
     max_len=st.integers(1, 30),
     min_len=st.integers(0, 9),
     temperature=st.sampled_from([0.0, 0.7, 1.5]),
@@ -415,7 +416,8 @@ def apply_cases(draw: st.DrawFn) -> ApplyCase:
         delta = DeltaCase(slot, released=draw(st.integers(0, 3)) == 0)
         if draw(st.booleans()):
             stops = tuple(draw(st.lists(st.integers(0, VOCABULARY), max_size=limits.max_stop_ids)))
-            delta = replace(delta, admission=replace(draw(_admissions), stop_ids=stops))
+            progress = (draw(st.integers(0, 3)), draw(st.integers(1, 9)))
+            delta = replace(delta, admission=replace(draw(_admissions), stop_ids=stops), progress=progress)
             if with_lists == 0:
                 delta = replace(delta, admission=replace(delta.admission, biases=(), stop_sequences=()))
             elif delta.admission.biases or delta.admission.stop_sequences:
@@ -455,7 +457,7 @@ def _expected_slots(case: ApplyCase) -> SlotTensors:
     for delta in case.deltas:
         index = delta.slot
         if delta.admission is not None:
-            _admit(slots, index, delta.admission)
+            _admit(slots, index, delta.admission, *delta.progress)
         if delta.blocks is not None:
             first, count = delta.blocks
             slots.block_tables[index, first : first + count] = torch.arange(200 + first, 200 + first + count).int()
@@ -472,9 +474,9 @@ def _expected_slots(case: ApplyCase) -> SlotTensors:
     return slots
 
 
-def _admit(slots: SlotTensors, index: int, admission: Admission) -> None:
+def _admit(slots: SlotTensors, index: int, admission: Admission, seq_len: int, num_tokens: int) -> None:
     for name in (
-        "num_tokens", "prompt_len", "max_len", "min_len", "temperature", "top_k", "top_p", "log_min_p", "seed",
+        "prompt_len", "max_len", "min_len", "temperature", "top_k", "top_p", "log_min_p", "seed",
         "repetition_penalty", "presence_penalty", "frequency_penalty",
     ):  # fmt: skip
         getattr(slots, name)[index] = getattr(admission, name)
@@ -482,7 +484,7 @@ def _admit(slots: SlotTensors, index: int, admission: Admission) -> None:
     for entry, (token, value) in enumerate(admission.biases):
         slots.bias_ids[index, entry], slots.bias_values[index, entry] = token, value
     put_sequences(slots, index, admission.stop_sequences)
-    slots.seq_lens[index] = admission.seq_len
+    slots.seq_lens[index], slots.num_tokens[index] = seq_len, num_tokens
     slots.stop_ids[index] = -1
     for entry, token in enumerate(admission.stop_ids):
         slots.stop_ids[index, entry] = token
@@ -495,8 +497,8 @@ def check_flags(flags: int, device: str) -> None:
     parked = SlotCase(seq_len=8, num_tokens=9, num_blocks=1, parked=1)
     running = SlotCase(query_len=1, seq_len=9, num_tokens=10, num_blocks=2)
     state = StepCase(limits, (running, parked, running), rows=3, bucket=3)
-    admission = Admission(0, 4, 20, 2, 0.5, 3, 0.25, 2**63 - 1, (7,))
-    deltas = [DeltaCase(slot, admission, armed=(1, 3), blocks=(1, 2)) for slot in (1, 2)]
+    admission = Admission(20, 2, 0.5, 3, 0.25, 2**63 - 1, (7,))
+    deltas = [DeltaCase(slot, admission, progress=(0, 4), armed=(1, 3), blocks=(1, 2)) for slot in (1, 2)]
     words = ApplyCase(state, tuple(deltas)).staging()
     words[HEADER_WORDS + 1 :: limits.entry_words][:2] = flags
     outcomes = []
@@ -512,5 +514,17 @@ def check_flags(flags: int, device: str) -> None:
     assert all(map(torch.equal, *outcomes))
 
 
-def _on(tensors: SlotTensors, device: str) -> SlotTensors:
-    return SlotTensors(**{column.name: getattr(tensors, column.name).to(device) for column in fields(SlotTensors)})
+def slots_on(tensors: SlotTensors, device: str) -> SlotTensors:
+    """The same slots there."""
+    sizes = {
+        "tokens": tensors.token_ids.shape[1],
+        "blocks": tensors.block_tables.shape[1],
+        "stop_ids": tensors.stop_ids.shape[1],
+        "biases": tensors.bias_ids.shape[1],
+        "stop_sequences": tensors.stop_sequences.shape[1],
+        "stop_sequence_tokens": tensors.stop_sequences.shape[2],
+    }
+    copies = SlotTensors.allocate(len(tensors.query_lens), torch.device(device), **sizes)
+    for copy, tensor in zip(copies.all(), tensors.all(), strict=True):
+        copy.copy_(tensor)
+    return copies

@@ -113,11 +113,12 @@ def symbolic_engine(
     max_num_seqs: int = 6,
     max_model_len: int = 80,
     max_num_batched_tokens: int = 16,
+    runtime: CpuRuntime | None = None,
 ) -> Engine:
     """An engine over a symbolic program, with KV blocks of 8 tokens."""
     limits = SlotLimits(max_num_seqs, max_model_len, max_num_batched_tokens + max_num_seqs, 8, 8)
-    backend = BackendConfig(name="eager", overlap_depth=depth, step_timeout_s=30)
-    executor = create_backend(backend, CpuRuntime())
+    backend = BackendConfig(name="eager", step_timeout_s=30)
+    executor = create_backend(backend, runtime or CpuRuntime())
     program = SymbolicProgram(limits, num_kv_blocks + 1)
     executor.prepare(program)
     device = torch.device("cpu")
@@ -132,4 +133,7 @@ def symbolic_engine(
         eos_token_ids=(),
         tokenizer=None,
     )
-    return Engine(EngineConfig(max_num_seqs=max_num_seqs, prefix_caching=prefix_caching, backend=backend), parts=parts)
+    config = EngineConfig(
+        max_num_seqs=max_num_seqs, prefix_caching=prefix_caching, overlap_depth=depth, backend=backend
+    )
+    return Engine(config, parts=parts)

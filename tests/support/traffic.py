@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from graphexec import Engine, RequestOutput, SamplingParams
-from graphexec.engine.logprobs import TokenLogprobs
+from graphexec.engine.outputs.logprobs import TokenLogprobs
 
 __all__ = [
     "Arrival",

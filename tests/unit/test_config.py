@@ -16,7 +16,7 @@ from graphexec.runtime import CpuRuntime
     ("values", "says"),
     [
         ({"max_num_seq": 4}, "'max_num_seq'.*Did you mean 'max_num_seqs'"),
-        ({"backend": {"overlap_dept": 2}}, "overlap_dept'.*Did you mean 'overlap_depth'"),
+        ({"overlap_dept": 2}, "overlap_dept'.*Did you mean 'overlap_depth'"),
         ({"zzz": 1}, "'zzz'.*Known: model, load_format, device"),
     ],
 )
@@ -37,8 +37,8 @@ def test_an_unknown_setting_names_the_nearest_valid_one(values: dict[str, object
         ({"seed": 2**63}, "seed="),
         ({"max_num_seqs": 8, "max_num_batched_tokens": 4}, "max_num_batched_tokens=4 is less than max_num_seqs=8"),
         ({"max_num_seqs": 8, "backend": {"capture_sizes": [4, 16]}}, "has 16, above max_num_seqs=8"),
-        ({"backend": {"overlap_depth": 5}}, "overlap_depth=5"),
-        ({"backend": {"overlap_depth": -1}}, "overlap_depth=-1"),
+        ({"overlap_depth": 5}, "overlap_depth=5"),
+        ({"overlap_depth": -1}, "overlap_depth=-1"),
         ({"backend": {"step_timeout_s": 0}}, "step_timeout_s=0"),
         ({"backend": {"capture_sizes": []}}, "at least one size"),
         ({"backend": {"capture_sizes": [2, 2]}}, "none twice"),
@@ -66,6 +66,26 @@ def test_a_configuration_cannot_be_changed_afterwards() -> None:
     config = EngineConfig()
     with pytest.raises(ValueError, match="frozen"):
         config.max_num_seqs = 3  # type: ignore[misc]  # frozen, which is the point
+
+
+@pytest.mark.parametrize("moved", [{"overlap_depth": 2}, {"overlap_prefill": False}], ids=["depth", "prefill"])
+@pytest.mark.parametrize("kind", [dict, lambda **values: BackendConfig(**values)], ids=["table", "object"])
+def test_a_setting_that_once_was_the_backends_is_taken_from_there_with_a_warning(moved: dict, kind: type) -> None:
+    (name,) = moved
+    with pytest.warns(FutureWarning, match=f"backend.{name} is now {name} of the engine: EngineConfig"):
+        config = EngineConfig(backend=kind(name="eager", **moved))
+    assert getattr(config, name) == moved[name]
+    assert config.backend == BackendConfig(name="eager")
+    with pytest.warns(FutureWarning):
+        assert EngineConfig(**moved, backend=kind(**moved)) == EngineConfig(**moved)
+    with pytest.raises(ConfigError, match=f"{name}.*backend.{name}"):
+        EngineConfig(**{name: not moved[name] if name == "overlap_prefill" else 3}, backend=kind(**moved))
+
+
+def test_a_configuration_without_moved_settings_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    EngineConfig(overlap_depth=2, overlap_prefill=False, backend={"name": "eager"})
+    EngineConfig(backend=BackendConfig())
+    assert not recwarn.list
 
 
 def test_every_setting_is_documented() -> None:

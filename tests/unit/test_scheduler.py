@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from graphexec import SamplingParams
-from graphexec.engine.blocks import BlockAllocator
-from graphexec.engine.prefix_cache import PrefixCache
+from graphexec.engine.generation import Generation
 from graphexec.engine.request import Request
-from graphexec.engine.scheduler import ScheduledStep, Scheduler
+from graphexec.engine.scheduling.blocks import BlockAllocator
+from graphexec.engine.scheduling.prefix_cache import PrefixCache
+from graphexec.engine.scheduling.scheduler import ScheduledStep, Scheduler
 from graphexec.slots import SlotLimits
 
 BLOCK_SIZE = 16
@@ -18,8 +19,13 @@ LIMITS = SlotLimits(max_slots=16, max_tokens=512, max_rows=272, block_size=BLOCK
 DEPTH = 1
 
 
-def request(name: str, prompt_len: int, max_len: int = 410) -> Request:
-    return Request(name, (5,) * prompt_len, SamplingParams(max_tokens=400, temperature=0.0), (), 0, max_len, None)
+def request(name: str, prompt_len: int, max_len: int = 410, **changes: object) -> Generation:
+    params = SamplingParams(max_tokens=400, temperature=0.0, **changes)
+    return Generation(Request(name, (5,) * prompt_len, params, (), 0, max_len))
+
+
+def blocks_of(scheduler: Scheduler, generation: Generation) -> int:
+    return len(scheduler._blocks_of(scheduler._placements[generation]))
 
 
 def steps(scheduler: Scheduler, first: int, count: int) -> list[ScheduledStep]:
@@ -42,7 +48,7 @@ def test_most_decode_steps_carry_no_delta() -> None:
         steps(scheduler, prefill, 1)
         prefill += 1
     decoding = steps(scheduler, prefill, 8 * BLOCK_SIZE)
-    assert all(step.decodes.sum() == 16 for step in decoding)
+    assert all(len(set(step.owners)) == 16 for step in decoding)
     assert 0 < sum(step.plan.delta is not None for step in decoding) <= 2 * 8
 
 
@@ -55,7 +61,7 @@ def test_the_last_free_block_goes_to_the_slot_that_needs_it_first(order: tuple[i
         scheduler.add(each)
     for number in range(12):
         scheduler.schedule(number, number - 1 - DEPTH)
-    assert {each.request_id: len(each.blocks) for each in requests} == {"14": 2, "9": 1}
+    assert {each.request.request_id: blocks_of(scheduler, each) for each in requests} == {"14": 2, "9": 1}
     assert allocator.free == 0
 
 
@@ -66,7 +72,7 @@ def test_a_slot_that_wants_two_blocks_gets_the_only_free_one() -> None:
     only = request("only", 8)
     scheduler.add(only)
     steps(scheduler, 0, 2)
-    assert len(only.blocks) == 2
+    assert blocks_of(scheduler, only) == 2
 
 
 @pytest.mark.parametrize(("max_len", "blocks"), [(BLOCK_SIZE + 1, 1), (BLOCK_SIZE + 2, 2), (3 * BLOCK_SIZE, 3)])
@@ -77,7 +83,7 @@ def test_nobody_gets_a_block_that_it_cannot_fill(max_len: int, blocks: int) -> N
     scheduler.add(only)
     steps(scheduler, 0, 1 + max_len - 4 - 1)
     assert scheduler.schedule(max_len, max_len) is None  # it has computed what it may
-    assert len(only.blocks) == blocks
+    assert blocks_of(scheduler, only) == blocks
 
 
 @pytest.mark.parametrize(
@@ -85,11 +91,11 @@ def test_nobody_gets_a_block_that_it_cannot_fill(max_len: int, blocks: int) -> N
     [({}, 32), ({"stop_sequences": [[7, 8]]}, 0), ({"repetition_penalty": 1.5}, 0), ({"prompt_logprobs": 1}, 0)],
 )
 def test_who_needs_every_token_on_the_device_reads_no_cached_blocks(changes: dict[str, object], cached: int) -> None:
-    scheduler = Scheduler(LIMITS, BlockAllocator(100, PrefixCache()), LIMITS.max_rows, lookahead=DEPTH + 1)
+    scheduler = Scheduler(
+        LIMITS, BlockAllocator(100, PrefixCache(100, 4 * BLOCK_SIZE)), LIMITS.max_rows, lookahead=DEPTH + 1
+    )
     scheduler.add(request("first", 40))
     steps(scheduler, 0, 1)
-    second = request("second", 40)
-    second.params = SamplingParams(max_tokens=400, temperature=0.0, **changes)
-    scheduler.add(second)
+    scheduler.add(request("second", 40, **changes))
     steps(scheduler, 1, 1)
     assert scheduler.prefix_cached_tokens == cached

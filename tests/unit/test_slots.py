@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphexec.deltas import Admission, SlotDeltas
+from graphexec.deltas import Admission, SlotDeltas, as_words
 from graphexec.kernels.apply import apply_deltas_reference
 from graphexec.kernels.state import SlotTensors
 from graphexec.slots import SlotLimits, SlotState
@@ -18,8 +18,6 @@ from tests.support.step_cases import POISON, apply_cases, check_apply
 
 LIMITS = SlotLimits(max_slots=4, max_tokens=64, max_rows=64, block_size=8, max_stop_ids=3)
 ADMISSION = Admission(
-    seq_len=0,
-    num_tokens=5,
     max_len=30,
     min_len=7,
     temperature=0.7,
@@ -42,11 +40,12 @@ def applied(*batches: SlotDeltas, first_step: int = 0) -> SlotTensors:
 
 def test_an_admission_arrives_as_it_was_sent() -> None:
     deltas = SlotDeltas(LIMITS)
-    deltas.admit(2, ADMISSION)
-    deltas.arm(2, 0, [21, 22, 23, 24, 25])
+    deltas.admit(2, ADMISSION, 0, 5)
+    deltas.arm(2, 0, as_words([21, 22, 23, 24, 25]))
     deltas.supply(2, 0, [6, 9])
     slots = applied(deltas)
-    for name in ("num_tokens", "max_len", "min_len", "top_k", "seed"):
+    assert slots.num_tokens[2] == 5
+    for name in ("max_len", "min_len", "top_k", "seed"):
         assert getattr(slots, name)[2] == getattr(ADMISSION, name), name
     assert slots.temperature[2] == torch.tensor(0.7)
     assert slots.top_p[2] == torch.tensor(0.95)
@@ -60,7 +59,7 @@ def test_an_admission_arrives_as_it_was_sent() -> None:
 @given(seed=st.integers(0, 2**63 - 1) | st.sampled_from([0, 2**31, 2**32 - 1, 2**32, 2**63 - 1]))
 def test_every_seed_survives_the_trip(seed: int) -> None:
     deltas = SlotDeltas(LIMITS)
-    deltas.admit(0, replace(ADMISSION, seed=seed))
+    deltas.admit(0, replace(ADMISSION, seed=seed), 0, 5)
     assert applied(deltas).seed[0] == seed
 
 
@@ -71,8 +70,8 @@ def test_every_batch_means_on_the_device_what_the_host_meant(case: object) -> No
 
 def test_changes_of_one_slot_are_one_entry() -> None:
     deltas = SlotDeltas(LIMITS)
-    deltas.admit(1, ADMISSION)
-    deltas.arm(1, 0, [1, 2])
+    deltas.admit(1, ADMISSION, 0, 5)
+    deltas.arm(1, 0, as_words([1, 2]))
     deltas.supply(1, 0, [3])
     deltas.supply(1, 1, [4, 5])
     deltas.supply(3, 2, [6])
@@ -88,12 +87,12 @@ def test_changes_of_one_slot_are_one_entry() -> None:
 def test_growth_is_a_supply_for_many_slots_beside_other_changes() -> None:
     deltas = SlotDeltas(LIMITS)
     deltas.grow(np.array([1, 3]), np.array([0, 2]), np.array([2, 1]), [3, 4, 6])
-    deltas.admit(2, ADMISSION)
+    deltas.admit(2, ADMISSION, 0, 5)
     deltas.supply(2, 0, [7])
     expected = SlotDeltas(LIMITS)
     expected.supply(1, 0, [3, 4])
     expected.supply(3, 2, [6])
-    expected.admit(2, ADMISSION)
+    expected.admit(2, ADMISSION, 0, 5)
     expected.supply(2, 0, [7])
     assert sorted(deltas.armed) == [1, 2, 3]
     assert len(deltas) == 3
@@ -113,18 +112,18 @@ def test_a_release_in_the_same_batch_does_not_cancel_a_prefill() -> None:
     """FastDeploy 6629: a preempt that arrived with a prefill of its slot cancelled it."""
     deltas = SlotDeltas(LIMITS)
     deltas.release(0)
-    deltas.admit(0, ADMISSION)
-    deltas.arm(0, 0, [1, 2])
+    deltas.admit(0, ADMISSION, 0, 5)
+    deltas.arm(0, 0, as_words([1, 2]))
     assert list(deltas.armed) == [0]
     assert applied(deltas).query_lens[0] == 2
 
 
 def test_a_release_drops_what_the_batch_held_for_the_slot() -> None:
     running = SlotDeltas(LIMITS)
-    running.admit(0, ADMISSION)
-    running.arm(0, 0, [1, 2])
+    running.admit(0, ADMISSION, 0, 5)
+    running.arm(0, 0, as_words([1, 2]))
     deltas = SlotDeltas(LIMITS)
-    deltas.arm(0, 2, [7])
+    deltas.arm(0, 2, as_words([7]))
     deltas.supply(0, 0, [5])
     deltas.release(0)
     slots = applied(running, deltas)
@@ -137,16 +136,16 @@ def test_armed_is_every_slot_that_may_run_and_no_released_one() -> None:
     deltas = SlotDeltas(LIMITS)
     deltas.release(3)
     deltas.supply(2, 1, [9])  # may revive a slot that the host does not yet know to be parked
-    deltas.arm(1, 0, [4])
-    deltas.admit(0, ADMISSION)
+    deltas.arm(1, 0, as_words([4]))
+    deltas.admit(0, ADMISSION, 0, 5)
     assert sorted(deltas.armed) == [0, 1, 2]
 
 
 def test_a_new_owner_starts_with_an_empty_block_table() -> None:
     first, second = SlotDeltas(LIMITS), SlotDeltas(LIMITS)
-    first.admit(0, ADMISSION)
+    first.admit(0, ADMISSION, 0, 5)
     first.supply(0, 0, [1, 2, 3])
-    second.admit(0, replace(ADMISSION, stop_ids=()))
+    second.admit(0, replace(ADMISSION, stop_ids=()), 0, 5)
     slots = applied(first, second)
     assert slots.num_blocks[0] == 0
     assert slots.stop_ids[0].tolist() == [-1, -1, -1]
@@ -163,8 +162,8 @@ def test_the_largest_batch_fits_into_the_staging_buffer() -> None:
     deltas = SlotDeltas(LIMITS)
     share = LIMITS.max_rows // LIMITS.max_slots
     for slot in range(LIMITS.max_slots):
-        deltas.admit(slot, ADMISSION)
-        deltas.arm(slot, 3, range(share))
+        deltas.admit(slot, ADMISSION, 0, 5)
+        deltas.arm(slot, 3, as_words(range(share)))
         deltas.supply(slot, 0, range(share // LIMITS.block_size + 3))
     slots = applied(deltas)
     assert slots.query_lens.tolist() == [share] * LIMITS.max_slots
@@ -174,7 +173,7 @@ def test_the_largest_batch_fits_into_the_staging_buffer() -> None:
 @pytest.mark.parametrize("surplus", [1, 2, 9])
 def test_more_than_the_staging_buffer_holds_is_refused_and_never_cut_off(surplus: int) -> None:
     deltas = SlotDeltas(LIMITS)
-    deltas.arm(0, 0, range(LIMITS.payload_words))
+    deltas.arm(0, 0, as_words(range(LIMITS.payload_words)))
     deltas.supply(1, 0, range(surplus))
     with pytest.raises(ValueError, match=f"step 0 carry more than {LIMITS.payload_words} words of payload"):
         deltas.pack(np.zeros(LIMITS.staging_words, dtype=np.int32), 0)

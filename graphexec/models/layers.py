@@ -1,4 +1,7 @@
-"""Which decoders the engine serves, what it refuses, and the modules that it swaps into transformers' model code."""
+"""The modules that stand in the place of transformers' own: paged attention, merged projections, norms.
+
+`swap_modules` puts them into a model that transformers has made; the code around them stays theirs.
+"""
 
 from __future__ import annotations
 
@@ -8,69 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphexec.errors import ConfigError
 from graphexec.kernels.attention import paged_attention_op
 from graphexec.kernels.linear import linear_op
+from graphexec.models.architectures import head_dim
 
-__all__ = ["EXERCISED_BLOCKS", "SUPPORTED", "Decoder", "PagedAttention", "check_supported", "swap_modules"]
-
-# To add one: its layers must have self_attn.{q,k,v,o}_proj, mlp.{gate,up,down}_proj, input_layernorm and
-# post_attention_layernorm, or `swap_modules` must learn its names. tests/engine/test_transformers_agree.py holds it.
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Architectures whose layers are attention with rotary embedding followed by a gated MLP."""
+__all__ = ["EXERCISED_BLOCKS", "PagedAttention", "swap_modules"]
 
 EXERCISED_BLOCKS = 512
 """KV blocks, the reserved one included, that warm-up and verification use."""
-
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-_HEAD_SIZES = (64, 80, 96, 128, 256)
-
-
-def check_supported(config: Any, device: torch.device) -> None:
-    """Refuses by name what would be computed wrongly.
-
-    Args:
-        config: a transformers configuration.
-        device: where it shall run.
-
-    Raises:
-        ConfigError: names the feature.
-    """
-    named = list(getattr(config, "architectures", None) or [])
-    if not any(name in SUPPORTED for name in named):
-        raise ConfigError(f"Architecture {named or '(none)'} is not supported. Supported: {', '.join(SUPPORTED)}.")
-    refused = {
-        "sliding window attention": _slides(config),
-        "attention soft-capping": getattr(config, "attn_logit_softcapping", None) is not None,
-        "logit soft-capping": getattr(config, "final_logit_softcapping", None) is not None,
-        "quantized weights": getattr(config, "quantization_config", None) is not None,
-    }
-    for feature, present in refused.items():
-        if present:
-            raise ConfigError(f"The model uses {feature}, which graphexec does not support.")
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type not in _ROPE_TYPES:
-        raise ConfigError(f"The model uses rope scaling {rope_type!r}. Supported: {', '.join(_ROPE_TYPES)}.")
-    head_size = head_dim(config)
-    if device.type == "cuda" and head_size not in _HEAD_SIZES:
-        raise ConfigError(f"The model has heads of size {head_size}. Supported on CUDA: {_HEAD_SIZES}.")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ConfigError(
-            f"num_attention_heads={config.num_attention_heads} is not a multiple of "
-            f"num_key_value_heads={config.num_key_value_heads}."
-        )
-
-
-def head_dim(config: Any) -> int:
-    """Size of an attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _slides(config: Any) -> bool:
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        return "sliding_attention" in layer_types
-    return getattr(config, "sliding_window", None) is not None
 
 
 class RMSNorm(nn.Module):
@@ -188,50 +136,3 @@ def swap_modules(model: Any) -> None:
         layer.post_attention_layernorm = RMSNorm(layer.post_attention_layernorm.weight, config.rms_norm_eps)
     model.model.norm = RMSNorm(model.model.norm.weight, config.rms_norm_eps)
     model.lm_head = Projection(model.lm_head)
-
-
-class RotaryTable(nn.Module):
-    """Cosines and sines of every position, computed once by the model's own module: a step looks them up.
-
-    Attributes:
-        cos, sin: `[max_tokens, D]` in the model's dtype.
-    """
-
-    def __init__(self, rotary: Any, max_tokens: int, weight: torch.Tensor) -> None:
-        super().__init__()
-        positions = torch.arange(max_tokens, device=weight.device)
-        with torch.no_grad():
-            cos, sin = rotary(weight, positions[None])
-        self.cos = nn.Buffer(cos[0].contiguous(), persistent=False)
-        self.sin = nn.Buffer(sin[0].contiguous(), persistent=False)
-
-    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[T]` positions to two `[T, D]`."""
-        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
-
-
-class Decoder(nn.Module):
-    """The trunk of a transformers decoder for sequences of at most `max_tokens` tokens.
-
-    Leaves out what only transformers' own caches and masks need.
-    """
-
-    def __init__(self, model: Any, max_tokens: int) -> None:
-        super().__init__()
-        self.embed_tokens = model.model.embed_tokens
-        self.rotary = RotaryTable(model.model.rotary_emb, max_tokens, self.embed_tokens.weight)
-        self.layers = model.model.layers
-        self.norm = model.model.norm
-
-    @property
-    def attentions(self) -> list[PagedAttention]:
-        return [layer.self_attn for layer in self.layers]
-
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """`[T]` int32 token ids and positions to `[T, hidden]` hidden states."""
-        hidden = self.embed_tokens(input_ids[None])  # not a view: a compiled layer would tell it from a layer's output
-        position_embeddings = self.rotary(positions)
-        for layer in self.layers:
-            hidden = layer(hidden, position_embeddings=position_embeddings)
-        normed: torch.Tensor = self.norm(hidden)[0]
-        return normed

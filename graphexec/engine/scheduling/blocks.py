@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from graphexec.engine.prefix_cache import PrefixCache
+from graphexec.engine.scheduling.prefix_cache import PrefixCache
 
 __all__ = ["BlockAllocator"]
 
@@ -34,7 +34,7 @@ class BlockAllocator:
         None, and nothing taken, if fewer than `spare` blocks would stay free. Cached blocks are evicted last.
         """
         prefixes, wanted = self.prefixes, count + spare
-        if prefixes is not None:
+        if prefixes is not None and behind:
             wanted += prefixes.count_unused(behind)  # free until they are shared
         if wanted > self.free:
             return None
@@ -43,14 +43,13 @@ class BlockAllocator:
         del self._empty[begin:]
         if prefixes is not None:
             prefixes.share(behind)  # first, or they might be evicted
-            taken += [prefixes.evict() for _ in range(count - len(taken))]
+            taken += prefixes.evict(count - len(taken))
         return taken
 
     def give_back(self, blocks: Sequence[int]) -> None:
-        """Ends one use of blocks; those that are not cached are the next to be handed out."""
+        """Ends one use of a sequence's blocks; those that are not cached are the next to be handed out."""
         prefixes = self.prefixes
         if prefixes is None:
             self._empty.extend(reversed(blocks))
         else:
-            # From the end, which is evicted first: without its beginning, the rest of a sequence is never found.
-            self._empty.extend(block for block in reversed(blocks) if not prefixes.release(block))
+            self._empty += prefixes.release(blocks)

@@ -11,9 +11,9 @@ from typing import Any, cast
 
 import torch
 
-from graphexec.engine.architectures import swap_modules
-from graphexec.engine.detokenizer import Tokenizer
 from graphexec.errors import ConfigError
+from graphexec.models.layers import swap_modules
+from graphexec.models.tokenizer import Tokenizer
 
 __all__ = ["LoadedModel", "load_config", "load_model", "load_tokenizer", "model_folder", "model_license"]
 
@@ -40,7 +40,7 @@ def model_folder(name: str) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
-    bundled = Path(str(files("graphexec"))) / "models"
+    bundled = Path(str(files("graphexec"))) / "checkpoints"
     if (bundled / name / "config.json").is_file():
         return bundled / name
     known = ", ".join(sorted(entry.name for entry in bundled.iterdir() if entry.is_dir()))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from graphexec.engine.detokenizer import Detokenizer, Tokenizer
+from graphexec.engine.text.detokenizer import Detokenizer
+from graphexec.models.tokenizer import Tokenizer
 
-__all__ = ["StopMatch", "StopStrings"]
+__all__ = ["StopMatch", "StopStrings", "held_back"]
 
 
 class StopMatch(NamedTuple):
@@ -25,16 +26,17 @@ class StopMatch(NamedTuple):
 class StopStrings:
     """The stop strings of one request, and how far its output was searched. Belongs to the engine's thread.
 
-    Decodes by itself: the request's own detokenizer is the consumer's, who may be in another thread.
+    Decodes by itself: what the consumer reads is the consumer's, who may be in another thread.
     """
 
     def __init__(self, strings: Sequence[str], tokenizer: Tokenizer, min_tokens: int) -> None:
         self._strings = tuple(strings)
-        self._longest = max(map(len, self._strings))
+        self._kept = max(map(len, self._strings)) - 1  # characters that may be the beginning of a match
         self._min_tokens = min_tokens
         self._detokenizer = Detokenizer(tokenizer)
         self._searched = 0  # tokens
         self._length = 0  # characters of their text
+        self._tail = ""  # the last of them
 
     def find(self, token_ids: Sequence[int], final: bool = False) -> StopMatch | None:
         """Searches the text of the output tokens that are new since the last call.
@@ -43,24 +45,28 @@ class StopStrings:
         completes is no match. `final` also searches what stands before an incomplete character at the end, which is
         shown when no token follows.
         """
-        while self._searched < len(token_ids):
+        for token in token_ids[self._searched :]:
             self._searched += 1
-            match = self._search(token_ids, self._searched, final=False)
+            match = self._search(self._detokenizer.add(token))
             if match is not None:
                 return match
-        return self._search(token_ids, len(token_ids), final=True) if final else None
+        return self._search(self._detokenizer.pending()) if final else None
 
-    def _search(self, token_ids: Sequence[int], end: int, final: bool) -> StopMatch | None:
-        text = self._detokenizer.text(token_ids, end, final)
-        # From where a match would need a character that is new with this token.
-        places = [text.find(string, max(self._length - len(string) + 1, 0)) for string in self._strings]
+    def _search(self, piece: str) -> StopMatch | None:
+        before = len(self._tail)
+        text = self._tail + piece
+        # From where a match would need a character of the new piece.
+        places = [text.find(string, max(before - len(string) + 1, 0)) for string in self._strings]
+        begin = self._length - before
+        self._length += len(piece)
+        self._tail = text[-self._kept :] if self._kept else ""
         found = [place for place in places if place >= 0]
-        self._length = len(text)
-        return StopMatch(end, min(found)) if found and end > self._min_tokens else None
+        return StopMatch(self._searched, begin + min(found)) if found and self._searched > self._min_tokens else None
 
-    def safe_length(self, text: str) -> int:
-        """Characters of `text` that cannot become part of a stop string."""
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            if any(string.startswith(text[-length:]) for string in self._strings):
-                return len(text) - length
-        return len(text)
+
+def held_back(text: str, strings: Sequence[str]) -> int:
+    """Characters at the end of `text` that can become part of one of `strings`."""
+    for length in range(min(max(map(len, strings), default=1) - 1, len(text)), 0, -1):
+        if any(string.startswith(text[-length:]) for string in strings):
+            return length
+    return 0

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from graphexec.plan import FloatArray, Int32Array, StepResult
 
-if TYPE_CHECKING:
-    from graphexec.engine.request import Request
-
-__all__ = ["PROMPT_LOGPROBS", "LogprobRows", "PromptChunk", "TokenLogprobs", "take_prompt_logprobs"]
+__all__ = ["PROMPT_LOGPROBS", "LogprobArrays", "LogprobRows", "PromptChunk", "PromptLogprobRows", "TokenLogprobs"]
 
 PROMPT_LOGPROBS = "prompt_logprobs"
 """The variant of a step that reports log-probabilities of prompt tokens, beside what the dearest sampler does."""
@@ -58,37 +55,32 @@ class LogprobRows:
         return _row(self._arrays, int(self._index[slot]), top)
 
 
-def take_prompt_logprobs(
-    arrays: LogprobArrays,
-    chunks: Mapping[int, PromptChunk],
-    owners: Sequence[Request | None],
-    result: StepResult,
-) -> None:
-    """Gives the requests in `owners` the log-probabilities of the prompt tokens behind each row of their chunks.
+class PromptLogprobRows:
+    """Log-probabilities of the prompt tokens behind each row of one step's chunks.
 
     Args:
         arrays: by row of the step.
         chunks: all chunks of the step, by slot; the other slots that ran have one row.
-        owners: by slot.
         result: of the step, which says which slots ran.
     """
-    row = 0
-    for slot in np.flatnonzero(result.num_tokens >= 0).tolist():
-        chunk, request = chunks.get(slot), owners[slot]
-        if chunk is None:
-            row += 1
-            continue
-        if request is not None and request.params.prompt_logprobs is not None:
-            _take_chunk(arrays, row, chunk, request, request.params.prompt_logprobs)
-        row += chunk.end - chunk.begin
 
+    def __init__(self, arrays: LogprobArrays, chunks: Mapping[int, PromptChunk], result: StepResult) -> None:
+        self._arrays = arrays
+        self._chunks = chunks
+        self._result = result
 
-def _take_chunk(arrays: LogprobArrays, first_row: int, chunk: PromptChunk, request: Request, top: int) -> None:
-    prompt_len = len(request.prompt_token_ids)
-    found = request.prompt_logprobs
-    # After a preemption the prompt is computed again, to the same end.
-    for position in range(max(chunk.begin, len(found) - 1), min(chunk.end, prompt_len - 1)):
-        found.append(_row(arrays, first_row + position - chunk.begin, top))
+    def first_rows(self) -> Iterator[tuple[int, PromptChunk, int]]:
+        """Each chunk that ran: its slot, its positions, and its first row."""
+        row = 0
+        for slot in np.flatnonzero(self._result.num_tokens >= 0).tolist():
+            chunk = self._chunks.get(slot)
+            if chunk is not None:
+                yield slot, chunk, row
+            row += 1 if chunk is None else chunk.end - chunk.begin
+
+    def of(self, row: int, top: int) -> TokenLogprobs:
+        """Those of the token behind a row, with the `top` most likely ones."""
+        return _row(self._arrays, row, top)
 
 
 def _row(arrays: LogprobArrays, row: int, top: int) -> TokenLogprobs:

@@ -1,0 +1,1 @@
+"""What comes out: outputs of requests, who collects them from steps, and who gets them."""

@@ -1,0 +1,1 @@
+"""What runs when: slots, prompt chunks and KV blocks of the requests that are here."""

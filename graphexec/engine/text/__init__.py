@@ -1,0 +1,1 @@
+"""Text of the outputs: detokenizing as tokens come, and stop strings."""
