@@ -339,7 +339,7 @@ class Engine:
 
     def _sorted_out(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
         """Puts outputs into the mailboxes of their readers, and returns those that have none."""
-        rest = []
+        rest, ended = [], []
         for output in outputs:
             mailbox = self._readers.get(output.request_id)
             if mailbox is None:
@@ -347,7 +347,9 @@ class Engine:
                 continue
             mailbox.put(output)
             if output.finished and output.request_id not in self._live:
-                self._readers.pop(output.request_id, None)
+                ended.append(output.request_id)
+        for request_id in ended:  # now, since several samples of one prompt may have ended in this step
+            self._readers.pop(request_id, None)
         return rest
 
     def _keep(self, outputs: list[RequestOutput]) -> None:
