@@ -168,6 +168,7 @@ def test_token_ids_are_a_view_that_later_tokens_do_not_change() -> None:
     assert ids != [5, 6, 7]
     assert (len(ids), ids[0], ids[-1], ids[1:], list(ids)) == (2, 5, 6, [6], [5, 6])
     assert repr(ids) == "[5, 6]"
+    assert [[4] + ids, ids + [7], ids + ids] == [[4, 5, 6], [5, 6, 7], [5, 6, 5, 6]]  # noqa: RUF005
     for index in (2, -3):
         with pytest.raises(IndexError):
             ids[index]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, overload
 
 from graphexec.engine.generation import FinishReason, Generation
@@ -14,7 +14,8 @@ __all__ = ["AnyOutput", "RequestOutput", "TokenIds"]
 class TokenIds(Sequence[int]):
     """The tokens of an output, unchangeable: a view, since a copy for each step would cost more than the step.
 
-    Equal to any list or tuple of the same ids; `list(token_ids)` where a list is needed, e.g. for JSON.
+    Equal to any list or tuple of the same ids, and added to one a list; `list(token_ids)` where a list is needed, e.g.
+    for JSON.
     """
 
     __slots__ = ("_output",)
@@ -46,6 +47,12 @@ class TokenIds(Sequence[int]):
         if not isinstance(other, (list, tuple, TokenIds)):
             return NotImplemented
         return len(other) == self._output._end and self._list() == list(other)
+
+    def __add__(self, other: Iterable[int]) -> list[int]:
+        return [*self, *other]
+
+    def __radd__(self, other: Iterable[int]) -> list[int]:
+        return [*other, *self]
 
     __hash__ = None  # type: ignore[assignment]  # like a list, to which it can be equal
 
@@ -195,9 +202,9 @@ class AnyOutput(RequestOutput):
     def of_samples(cls, outputs: Sequence[RequestOutput]) -> AnyOutput:
         """The last output of the first of several samples of one prompt, which also holds those of all."""
         first = outputs[0]
-        together = cls(first._generation, first._first_new(), first._end, first.finished)
-        together._samples = tuple(outputs)
-        return together
+        assert isinstance(first, AnyOutput), "only the last output of a request has samples"
+        first._samples = tuple(outputs)
+        return first
 
     def _first_new(self) -> int:
         return self._begin
