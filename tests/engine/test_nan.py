@@ -11,6 +11,7 @@ import torch
 import graphexec.kernels.attention as attention
 from graphexec import BackendConfig, Engine, EngineConfig, SamplingParams
 from graphexec.deltas import as_words
+from graphexec.engine.scheduling.placement import Placement
 from graphexec.kernels.rope_write import rope_write
 from tests.support.checkpoints import make_checkpoint
 
@@ -138,6 +139,32 @@ def test_a_nan_in_the_output_keeps_the_prompt_and_caches_nothing_behind_it(check
         prefixes = engine._scheduler._prefixes
         assert prefixes is not None
         assert len(prefixes.find(as_words([*PROMPT, *failed.token_ids])).blocks) == 5
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_nobody_is_computed_more_than_twice_and_later_ones_but_once(
+    checkpoint: Path, poison: Poison, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    with open_engine(checkpoint, max_num_seqs=8) as engine:
+        attached: dict[str, int] = {}
+        attach = engine._scheduler._attach
+
+        def counted(deltas: object, placement: Placement, *rest: object) -> None:
+            name = placement.generation.request.request_id
+            attached[name] = attached.get(name, 0) + 1
+            attach(deltas, placement, *rest)
+
+        monkeypatch.setattr(engine._scheduler, "_attach", counted)
+        if together:  # those that come back must not share with each other what nobody has vouched for
+            poison(engine, lambda step, slot, at: at == 30)
+            engine.generate([PROMPT] * 8, GREEDY)
+            assert set(attached.values()) == {1, 2}
+        else:
+            poison(engine, lambda step, slot, at: step == 0 and at == 3)
+            engine.generate(PROMPT, GREEDY)
+            for _ in range(3):
+                assert engine.generate(PROMPT, GREEDY)[0].finish_reason == "length"
+            assert set(attached.values()) == {1}
 
 
 def test_equal_prompts_that_come_together_share_their_blocks_at_once(checkpoint: Path) -> None:
