@@ -104,7 +104,7 @@ def test_closing_an_engine_ends_the_streams_of_other_threads_with_an_error(engin
 
 
 class _StrictRuntime(CpuRuntime):
-    """Notes where CUDA would use what was destroyed: an error would only be the engine's failure, and then forgotten."""
+    """Notes where CUDA would use what was destroyed: an error would only fail the engine, and be forgotten."""
 
     def __init__(self) -> None:
         super().__init__()
