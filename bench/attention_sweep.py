@@ -34,7 +34,7 @@ DECODE_TILES = tuple(
 )
 PREFILL_TILES = tuple(
     PrefillTile(*tile)
-    for tile in ((64, 64, 4, 3), (64, 64, 4, 5), (64, 128, 4, 3), (128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3))
+    for tile in ((64, 64, 4, 2, 2), (64, 64, 4, 2, 3), (64, 64, 4, 3, 2), (128, 64, 8, 3, 1), (128, 64, 8, 4, 1))
 )
 DTYPE = torch.bfloat16
 
@@ -117,6 +117,7 @@ def sweep_prefill(sequences: int, chunk: int, heads: tuple[int, int, int], devic
     active = torch.arange(sequences, dtype=torch.int32, device=device)
     starts = torch.arange(sequences + 1, dtype=torch.int32, device=device) * chunk
     before = torch.zeros(sequences, dtype=torch.int32, device=device)
+    tickets = torch.zeros(2, dtype=torch.int32, device=device)
     scale = head_dim**-0.5
 
     def contiguous(cache: torch.Tensor) -> torch.Tensor:
@@ -146,7 +147,8 @@ def sweep_prefill(sequences: int, chunk: int, heads: tuple[int, int, int], devic
     for tile in dict.fromkeys((chosen, *PREFILL_TILES)):
 
         def paged(tile: PrefillTile = tile) -> torch.Tensor:
-            return paged_prefill_triton(query, k_cache, v_cache, tables, active, starts, before, scale, tile)
+            where = tables, active, starts, before, scale
+            return paged_prefill_triton(query, k_cache, v_cache, *where, tickets, tile)
 
         record: Record = {**workload, "kernel": "paged_prefill", "tile": tile._asdict(), "chosen": tile == chosen}
         record = measure(record, [paged] * 8)

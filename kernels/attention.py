@@ -29,8 +29,9 @@ class AttentionRows:
         slots: state of the slots.
         step: the rows, from `prepare`.
         rows: T, launched rows.
-        bucket: B, launched slots.
-        num_splits: parts into which a decode row's context is split; 0 for a step with prompt chunks.
+        bucket: B, launched slots; without chunks as many rows.
+        num_splits: parts into which the context of a row in front of the chunks is split.
+        has_chunks: whether there may be prompt chunks.
     """
 
     slots: SlotTensors
@@ -38,6 +39,7 @@ class AttentionRows:
     rows: int
     bucket: int
     num_splits: int
+    has_chunks: bool
 
 
 _rows: ContextVar[AttentionRows] = ContextVar("graphexec_attention_rows")
@@ -83,12 +85,13 @@ def paged_attention(
     step, slots = rows.step, rows.slots
     kv_slots = step.kv_slots[: rows.rows]
     query = rope_write(qkv, cos, sin, q_norm, k_norm, norm_eps, k_cache, v_cache, kv_slots, num_heads)
-    if rows.num_splits:
-        row_slot, positions = step.row_slot[: rows.rows], step.positions[: rows.rows]
-        out = paged_decode(query, k_cache, v_cache, slots.block_tables, row_slot, positions, scale, rows.num_splits)
-    else:
-        active, start = step.active_slots[: rows.bucket], step.query_start[: rows.bucket + 1]
-        out = paged_prefill(query, k_cache, v_cache, slots.block_tables, active, start, slots.seq_lens, scale)
+    # The first rows are those of slots that compute one token; at the first chunk `decode_slots` becomes -1.
+    single, out = slice(rows.bucket), torch.empty_like(query)
+    where = slots.block_tables, step.decode_slots[single], step.positions[single]
+    paged_decode(query[single], k_cache, v_cache, *where, scale, rows.num_splits, out[single])
+    if rows.has_chunks:
+        chunks = step.chunk_slots[: rows.bucket], step.chunk_start[: rows.bucket + 1]
+        paged_prefill(query, k_cache, v_cache, slots.block_tables, *chunks, slots.seq_lens, scale, step.tickets, out)
     return out.flatten(1)
 
 

@@ -76,6 +76,7 @@ def paged_decode(
     positions: torch.Tensor,
     scale: float,
     num_splits: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one query token per row over positions 0..positions[row] of its slot.
 
@@ -92,18 +93,19 @@ def paged_decode(
         positions: `[T]` int32, the position of the row's token; its key and value are in the cache already.
         scale: factor of the scores, usually D ** -0.5.
         num_splits: from `choose_splits`, at most 128; not read by the reference.
+        out: like `query`, contiguous, to write into; padding rows keep what they hold. None for new memory.
 
     Returns:
-        `[T, H, D]` in the dtype and on the device of `query`. Padding rows hold anything.
+        `out`: `[T, H, D]` in the dtype and on the device of `query`. In new memory, padding rows hold anything.
 
     Raises:
         ValueError: a cache is not contiguous, block_size is no power of two, or num_splits is out of range.
     """
     if use_triton(query):
         return paged_decode_triton(
-            query, k_cache, v_cache, block_tables, row_slot, positions, scale, num_splits, tile=None
+            query, k_cache, v_cache, block_tables, row_slot, positions, scale, num_splits, tile=None, out=out
         )
-    return paged_decode_reference(query, k_cache, v_cache, block_tables, row_slot, positions, scale)
+    return paged_decode_reference(query, k_cache, v_cache, block_tables, row_slot, positions, scale, out)
 
 
 def paged_decode_reference(
@@ -114,14 +116,15 @@ def paged_decode_reference(
     row_slot: torch.Tensor,
     positions: torch.Tensor,
     scale: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`paged_decode` in plain torch, for any float dtype and device; padding rows are zero.
+    """`paged_decode` in plain torch, for any float dtype and device; padding rows are zero in new memory.
 
     Row by row, so that a row's result is bitwise independent of the others.
     """
     rows, num_heads, head_dim = query.shape
     num_kv_heads = k_cache.shape[1]
-    out = torch.zeros_like(query)
+    out = torch.zeros_like(query) if out is None else out
     grouped = query.view(rows, num_kv_heads, num_heads // num_kv_heads, head_dim) * scale
     grouped_out = out.view_as(grouped)
     for row, (slot, position) in enumerate(zip(row_slot.tolist(), positions.tolist(), strict=True)):
@@ -151,6 +154,7 @@ def paged_decode_triton(
     scale: float,
     num_splits: int,
     tile: DecodeTile | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`paged_decode` as Triton kernels: one launch, or two with more than one split; `tile` None chooses."""
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
@@ -164,7 +168,7 @@ def paged_decode_triton(
     group = num_heads // num_kv_heads
     if tile is None:
         tile = choose_decode_tile(head_dim, group, query.element_size())
-    out = torch.empty_like(query)
+    out = torch.empty_like(query) if out is None else out
     if rows == 0:
         return out
     early = launches_early(query)

@@ -1,16 +1,18 @@
-"""Paged attention for prefill and mixed batches: chunks of queries, causal over the KV cache of their slots.
+"""Paged attention for prompt chunks: many queries of one sequence, causal over the KV cache of its slot.
 
-Invariant: the grid is a function of the rows, the entries of `active_slots` and the heads alone; which sequence and
-which queries a program serves is found on the device.
+Invariant: the grid is a function of the rows, the entries of `chunk_slots` and the heads alone. Which sequence and
+which queries a program serves it finds on the device, and programs take work until none is left: a launch costs what
+the chunks cost that are really there.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from graphexec.kernels.lang import tl, triton, use_triton
+from graphexec.kernels.lang import launches_early, tl, triton, use_triton, wait_for_predecessor
 from graphexec.kernels.paged_decode import gather_context
 
 __all__ = ["PrefillTile", "choose_prefill_tile", "paged_prefill", "paged_prefill_reference", "paged_prefill_triton"]
@@ -19,26 +21,36 @@ SEARCH_WIDTH = 128  # sequences that a program looks at in one step of its searc
 
 
 class PrefillTile(NamedTuple):
-    """Rows of the dot products (query tokens times heads of the group), tokens per step, warps, pipeline depth."""
+    """How a program works.
+
+    Attributes:
+        block_m: rows of the dot products, query tokens times heads of the group.
+        block_n: keys of a step.
+        num_warps: its warps.
+        num_stages: depth of its software pipeline.
+        programs_per_sm: as many as fit on a multiprocessor at the same time.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    programs_per_sm: int
 
 
 def choose_prefill_tile(rows: int, num_heads: int, head_dim: int, element_size: int) -> PrefillTile:
-    """The tile for a bucket of `rows` rows: 128 rows of the dot where that still gives 128 programs, else 64.
+    """The tile for a bucket of `rows` rows: 128 rows of the dot where that gives every multiprocessor two, else 64.
 
-    The larger tile fills a multiprocessor alone, so it brings a deeper pipeline. float32 multiplies on the ordinary
-    cores in IEEE mode, where the registers allow 32 rows.
+    The larger tile fills a multiprocessor alone; two of the smaller share one, and what one multiplies hides what the
+    other exponentiates. float32 multiplies on the ordinary cores in IEEE mode, where the registers allow 32 rows.
     """
     if element_size > 2:
-        return PrefillTile(block_m=32, block_n=32 if head_dim <= 128 else 16, num_warps=8, num_stages=2)
-    block_n = 64 if head_dim <= 128 else 32
-    if rows * num_heads >= 128 * 128:
-        return PrefillTile(block_m=128, block_n=block_n, num_warps=8, num_stages=5 if head_dim <= 128 else 3)
-    return PrefillTile(block_m=64, block_n=block_n, num_warps=4, num_stages=3)
+        return PrefillTile(32, 32 if head_dim <= 128 else 16, num_warps=8, num_stages=2, programs_per_sm=2)
+    if head_dim > 128:
+        return PrefillTile(64, 32, num_warps=4, num_stages=2, programs_per_sm=2)
+    if rows * num_heads >= 256 * 128:
+        return PrefillTile(128, 64, num_warps=8, num_stages=3, programs_per_sm=1)
+    return PrefillTile(64, 64, num_warps=4, num_stages=3, programs_per_sm=2)
 
 
 def paged_prefill(
@@ -46,10 +58,12 @@ def paged_prefill(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
-    active_slots: torch.Tensor,
-    query_start: torch.Tensor,
+    chunk_slots: torch.Tensor,
+    chunk_start: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
+    tickets: torch.Tensor,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of packed chunks: the j-th query of a slot attends to positions 0..seq_lens[slot] + j.
 
@@ -60,23 +74,26 @@ def paged_prefill(
         query: `[T, H, D]`, contiguous; bfloat16, float16 or float32 for the kernel, any float dtype for the reference.
         k_cache, v_cache: `[num_blocks, KH, block_size, D]`, contiguous, the dtype of `query`; H is a multiple of KH,
             block_size is a power of two. Entries beyond a context may hold anything, NaN included.
-        block_tables: `[S, max_blocks]` int32, contiguous; entries beyond a context are not read as blocks.
-        active_slots: `[B]` int32, the slot of each chunk in the order of the rows; -1 pads the end.
-        query_start: `[B + 1]` int32, the first row of each chunk; padding entries repeat the total.
+        block_tables: `[S, max_blocks]` int32, contiguous; entries beyond a context are not read as blocks. Like the
+            other integers written at least two launches earlier: see `wait_for_predecessor`.
+        chunk_slots: `[B]` int32, the slot of each chunk in the order of the rows; -1 pads the end.
+        chunk_start: `[B + 1]` int32, the first row of each chunk; padding entries repeat the end of the last. Rows in
+            front of the first chunk are left alone.
         seq_lens: `[S]` int32, tokens written before this step, by slot.
         scale: factor of the scores, usually D ** -0.5.
+        tickets: `[2]` int32 zeros, which the launch leaves zero; not for two launches that may overlap.
+        out: like `query`, contiguous, to write into; rows of no chunk keep what they hold. None for new memory.
 
     Returns:
-        `[T, H, D]` in the dtype and on the device of `query`. Rows from query_start[B] on hold anything.
+        `out`: `[T, H, D]` in the dtype and on the device of `query`. In new memory, rows of no chunk hold anything.
 
     Raises:
-        ValueError: a cache is not contiguous.
+        ValueError: a cache is not contiguous, or block_size is no power of two.
     """
+    where = block_tables, chunk_slots, chunk_start, seq_lens, scale
     if use_triton(query):
-        return paged_prefill_triton(
-            query, k_cache, v_cache, block_tables, active_slots, query_start, seq_lens, scale, tile=None
-        )
-    return paged_prefill_reference(query, k_cache, v_cache, block_tables, active_slots, query_start, seq_lens, scale)
+        return paged_prefill_triton(query, k_cache, v_cache, *where, tickets, tile=None, out=out)
+    return paged_prefill_reference(query, k_cache, v_cache, *where, out)
 
 
 def paged_prefill_reference(
@@ -84,20 +101,21 @@ def paged_prefill_reference(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
-    active_slots: torch.Tensor,
-    query_start: torch.Tensor,
+    chunk_slots: torch.Tensor,
+    chunk_start: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`paged_prefill` in plain torch, for any float dtype and device; rows that belong to no chunk are zero.
+    """`paged_prefill` in plain torch, for any float dtype and device; rows of no chunk are zero in new memory.
 
     Chunk by chunk, so that a chunk's result is bitwise independent of the others.
     """
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = k_cache.shape[1]
-    out = torch.zeros_like(query)
-    starts = query_start.tolist()
-    for index, slot in enumerate(active_slots.tolist()):
+    out = torch.zeros_like(query) if out is None else out
+    starts = chunk_start.tolist()
+    for index, slot in enumerate(chunk_slots.tolist()):
         begin, end = starts[index], starts[index + 1]
         if slot < 0 or begin == end:
             continue
@@ -120,37 +138,46 @@ def paged_prefill_triton(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
-    active_slots: torch.Tensor,
-    query_start: torch.Tensor,
+    chunk_slots: torch.Tensor,
+    chunk_start: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
+    tickets: torch.Tensor,
     tile: PrefillTile | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`paged_prefill` as one Triton kernel; `tile` None chooses."""
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("The KV cache of a layer must be contiguous: the kernel derives its strides from its shape.")
     rows, num_heads, head_dim = query.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
-    group = num_heads // num_kv_heads
+    if block_size & (block_size - 1):
+        raise ValueError(f"The block size of the KV cache is {block_size}; the kernel needs a power of two.")
+    group, entries = num_heads // num_kv_heads, chunk_slots.shape[0]
     if tile is None:
         tile = choose_prefill_tile(rows, num_heads, head_dim, query.element_size())
     block_m = max(16, tile.block_m, triton.next_power_of_2(group))
     block_q = block_m // group
-    out = torch.empty_like(query)
-    if rows == 0 or active_slots.shape[0] == 0:
+    out = torch.empty_like(query) if out is None else out
+    if rows == 0 or entries == 0:
         return out
-    _prefill_kernel[(num_kv_heads, rows // block_q + active_slots.shape[0])](
+    early = launches_early(query)
+    most = num_kv_heads * (rows // block_q + entries)  # each chunk may end in a tile that it does not fill
+    programs = min(most, tile.programs_per_sm * _multiprocessors(query.get_device()))
+    _prefill_kernel[(programs,)](
         query,
         k_cache,
         v_cache,
         block_tables,
-        active_slots,
-        query_start,
+        chunk_slots,
+        chunk_start,
         seq_lens,
+        tickets,
         out,
         scale,
         block_tables.stride(0),
-        active_slots.shape[0],
+        entries,
+        programs,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -160,16 +187,24 @@ def paged_prefill_triton(
         BLOCK_Q=block_q,
         BLOCK_N=tile.block_n,
         WIDTH=SEARCH_WIDTH,
+        EARLY=early,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        launch_pdl=early,
     )
     return out
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    """Of a CUDA device; under the interpreter (device -1) a few, so that programs have work to share."""
+    return 3 if device < 0 else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
 def _attend(
     accumulator,  # [BLOCK_M, D padded] float32
-    highest,  # [BLOCK_M] float32
+    highest,  # [BLOCK_M] float32, base 2
     total,  # [BLOCK_M] float32
     queries,  # [BLOCK_M, D padded]
     last_seen,  # [BLOCK_M]: the last position that a row attends to
@@ -189,46 +224,62 @@ def _attend(
 ):
     """Adds the KV tiles first_tile..last_tile to the online softmax; only with DIAGONAL may a row not see a token."""
     dims = tl.arange(0, HEAD_DIM_PADDED)
+    lanes = tl.arange(0, BLOCK_N)
+    # Blocks come a tile ahead of their keys; beyond the context, the last one once more.
+    last_block = (context - 1) // BLOCK_SIZE
+    blocks = tl.load(table + tl.minimum(first_tile * BLOCK_N // BLOCK_SIZE + lanes // BLOCK_SIZE, last_block))
     for tile in range(first_tile, last_tile):
-        tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        valid = tokens < context
-        blocks = tl.load(table + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-        token_at = blocks * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + (tokens % BLOCK_SIZE) * HEAD_DIM
+        first = tile * BLOCK_N
+        offsets = first % BLOCK_SIZE * HEAD_DIM + lanes % BLOCK_SIZE * HEAD_DIM
+        token_at = blocks.to(tl.int64) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + offsets
+        blocks = tl.load(table + tl.minimum((first + BLOCK_N) // BLOCK_SIZE + lanes // BLOCK_SIZE, last_block))
 
-        key_mask = (dims < HEAD_DIM)[:, None] & valid[None, :]
-        keys = tl.load(k_head + token_at[None, :] + dims[:, None], mask=key_mask, other=0.0)
-        scores = tl.dot(queries, keys, input_precision="ieee") * scale_log2
+        if HEAD_DIM == HEAD_DIM_PADDED:
+            keys = tl.load(k_head + token_at[None, :] + dims[:, None])
+        else:
+            keys = tl.load(k_head + token_at[None, :] + dims[:, None], mask=(dims < HEAD_DIM)[:, None], other=0.0)
+        scores = tl.dot(queries, keys, input_precision="ieee")
         if DIAGONAL:
-            scores = tl.where(tokens[None, :] <= last_seen[:, None], scores, float("-inf"))
+            scores = tl.where((first + lanes)[None, :] <= last_seen[:, None], scores, float("-inf"))
 
-        # Every row sees position 0, which is in its first tile, so `raised` is finite from there on.
-        raised = tl.maximum(highest, tl.max(scores, axis=1))
+        # Every row sees position 0, which is in its first tile, so `raised` is finite from there on. The scale is a
+        # factor of the difference, not of the scores: one instruction does both. It is positive, so the highest score
+        # stays the highest.
+        raised = tl.maximum(highest, tl.max(scores, axis=1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - raised[:, None])
         rescale = tl.exp2(highest - raised)
-        weights = tl.exp2(scores - raised[:, None])
         total = total * rescale + tl.sum(weights, axis=1)
         highest = raised
 
-        # Masked too: a weight of zero does not silence a NaN beyond the context.
-        value_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
-        values = tl.load(v_head + token_at[:, None] + dims[None, :], mask=value_mask, other=0.0)
+        # Masked behind the context, unlike the keys: a weight of zero does not silence a NaN.
+        value_at = v_head + token_at[:, None] + dims[None, :]
+        if DIAGONAL:
+            value_mask = (first + lanes < context)[:, None] & (dims < HEAD_DIM)[None, :]
+            values = tl.load(value_at, mask=value_mask, other=0.0)
+        elif HEAD_DIM == HEAD_DIM_PADDED:
+            values = tl.load(value_at)
+        else:
+            values = tl.load(value_at, mask=(dims < HEAD_DIM)[None, :], other=0.0)
         accumulator = accumulator * rescale[:, None]
         accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
     return accumulator, highest, total
 
 
-@triton.jit(do_not_specialize=["max_blocks", "num_entries"])
+@triton.jit(do_not_specialize=["max_blocks", "num_entries", "programs"])
 def _prefill_kernel(
     query,  # [T, H, D]
     k_cache,  # [num_blocks, KH, BLOCK_SIZE, D]
     v_cache,  # [num_blocks, KH, BLOCK_SIZE, D]
     block_tables,  # [S, max_blocks]
-    active_slots,  # [B]
-    query_start,  # [B + 1]
+    chunk_slots,  # [B]
+    chunk_start,  # [B + 1]
     seq_lens,  # [S]
+    tickets,  # [2]: work taken beyond the first of each program, and programs that have ended
     out,  # [T, H, D]
     scale,
     max_blocks,
     num_entries,  # B
+    programs,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -238,90 +289,113 @@ def _prefill_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """One program: BLOCK_Q query tokens of one sequence times the query heads of one KV head."""
-    kv_head = tl.program_id(0)
-    # Backwards, so that the tiles with the longest contexts start first and the short ones fill the tail.
-    q_tile = tl.num_programs(1) - 1 - tl.program_id(1)
-
-    # Sequence i starts at tile query_start[i] // BLOCK_Q + i, which leaves each room for its last, partial tile. The
-    # starts ascend strictly, so the sequence of this tile is the number of starts up to it, less one.
-    started = 0
+    """One piece of work: BLOCK_Q query tokens of one sequence times the query heads of one KV head."""
+    program = tl.program_id(0)
+    # Sequence i starts at tile start[i] // BLOCK_Q + i, counted from the first chunk's row, which leaves each room for
+    # its last, partial tile. The starts ascend strictly, so the sequence of a tile is the number of starts up to it,
+    # less one.
+    first_row = tl.load(chunk_start)
+    rows = tl.load(chunk_start + num_entries) - first_row
+    chunks = 0
     for base in range(0, num_entries, WIDTH):
         entries = base + tl.arange(0, WIDTH)
-        starts = tl.load(query_start + entries, mask=entries < num_entries, other=0)
-        reached = (entries < num_entries) & (starts // BLOCK_Q + entries <= q_tile)
-        started += tl.sum(reached.to(tl.int32), axis=0)
-    entry = started - 1
-    slot = tl.load(active_slots + entry).to(tl.int64)
-    if slot < 0:
-        return
-    begin = tl.load(query_start + entry)
-    length = tl.load(query_start + entry + 1) - begin
-    first = (q_tile - begin // BLOCK_Q - entry) * BLOCK_Q
-    if first >= length:
-        return
-    before = tl.load(seq_lens + slot)
-    context = before + tl.minimum(first + BLOCK_Q, length)
+        chunks += tl.sum((tl.load(chunk_slots + entries, mask=entries < num_entries, other=-1) >= 0).to(tl.int32))
+    tiles = tl.where(chunks > 0, rows // BLOCK_Q + chunks, 0)
+    work = tiles * NUM_KV_HEADS
+    if EARLY:
+        wait_for_predecessor()
 
-    # Row m of the dot is query token m // GROUP of the tile, head m % GROUP of the group; without tl.dot's power of two
-    # some rows at the end are left over.
-    stacked = tl.arange(0, BLOCK_M)
-    token = first + stacked // GROUP
-    dims = tl.arange(0, HEAD_DIM_PADDED)
-    row_head = (begin + token).to(tl.int64) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + stacked % GROUP
-    row_mask = (stacked < BLOCK_Q * GROUP) & (token < length)
-    mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
-    queries = tl.load(query + row_head[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+    item = program
+    while item < work:
+        kv_head = item % NUM_KV_HEADS
+        # Backwards, so that the tiles with the longest contexts are taken first and the short ones fill the tail.
+        q_tile = tiles - 1 - item // NUM_KV_HEADS
+        item = work
+        if work > programs:
+            item = programs + tl.atomic_add(tickets, 1, sem="relaxed")
 
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    accumulator = tl.zeros([BLOCK_M, HEAD_DIM_PADDED], tl.float32)
-    scale_log2 = scale * 1.4426950408889634
-    table = block_tables + slot * max_blocks
-    k_head = k_cache + kv_head * (BLOCK_SIZE * HEAD_DIM)
-    v_head = v_cache + kv_head * (BLOCK_SIZE * HEAD_DIM)
-    # Tiles that the first query sees whole are seen whole by all of them.
-    whole_tiles = (before + first + 1) // BLOCK_N
-    accumulator, highest, total = _attend(
-        accumulator,
-        highest,
-        total,
-        queries,
-        before + token,
-        0,
-        whole_tiles,
-        context,
-        table,
-        k_head,
-        v_head,
-        scale_log2,
-        NUM_KV_HEADS,
-        HEAD_DIM,
-        HEAD_DIM_PADDED,
-        BLOCK_SIZE,
-        BLOCK_N,
-        False,
-    )
-    accumulator, highest, total = _attend(
-        accumulator,
-        highest,
-        total,
-        queries,
-        before + token,
-        whole_tiles,
-        tl.cdiv(context, BLOCK_N),
-        context,
-        table,
-        k_head,
-        v_head,
-        scale_log2,
-        NUM_KV_HEADS,
-        HEAD_DIM,
-        HEAD_DIM_PADDED,
-        BLOCK_SIZE,
-        BLOCK_N,
-        True,
-    )
-    result = accumulator / total[:, None]
-    tl.store(out + row_head[:, None] * HEAD_DIM + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
+        started = 0
+        for base in range(0, chunks, WIDTH):
+            entries = base + tl.arange(0, WIDTH)
+            starts = tl.load(chunk_start + entries, mask=entries < chunks, other=0) - first_row
+            reached = (entries < chunks) & (starts // BLOCK_Q + entries <= q_tile)
+            started += tl.sum(reached.to(tl.int32))
+        entry = started - 1
+        begin = tl.load(chunk_start + entry)
+        length = tl.load(chunk_start + entry + 1) - begin
+        first = (q_tile - (begin - first_row) // BLOCK_Q - entry) * BLOCK_Q
+        if first < length:
+            slot = tl.load(chunk_slots + entry).to(tl.int64)
+            before = tl.load(seq_lens + slot)
+            context = before + tl.minimum(first + BLOCK_Q, length)
+
+            # Row m of the dot is query token m // GROUP of the tile, head m % GROUP of the group; without tl.dot's
+            # power of two some rows at the end are left over.
+            stacked = tl.arange(0, BLOCK_M)
+            token = first + stacked // GROUP
+            dims = tl.arange(0, HEAD_DIM_PADDED)
+            row_head = (begin + token).to(tl.int64) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + stacked % GROUP
+            row_mask = (stacked < BLOCK_Q * GROUP) & (token < length)
+            mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
+            queries = tl.load(query + row_head[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+
+            highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            accumulator = tl.zeros([BLOCK_M, HEAD_DIM_PADDED], tl.float32)
+            scale_log2 = scale * 1.4426950408889634
+            table = block_tables + slot * max_blocks
+            k_head = k_cache + kv_head * (BLOCK_SIZE * HEAD_DIM)
+            v_head = v_cache + kv_head * (BLOCK_SIZE * HEAD_DIM)
+            # Tiles that the first query sees whole are seen whole by all of them.
+            whole_tiles = (before + first + 1) // BLOCK_N
+            accumulator, highest, total = _attend(
+                accumulator,
+                highest,
+                total,
+                queries,
+                before + token,
+                0,
+                whole_tiles,
+                context,
+                table,
+                k_head,
+                v_head,
+                scale_log2,
+                NUM_KV_HEADS,
+                HEAD_DIM,
+                HEAD_DIM_PADDED,
+                BLOCK_SIZE,
+                BLOCK_N,
+                False,
+            )
+            accumulator, highest, total = _attend(
+                accumulator,
+                highest,
+                total,
+                queries,
+                before + token,
+                whole_tiles,
+                tl.cdiv(context, BLOCK_N),
+                context,
+                table,
+                k_head,
+                v_head,
+                scale_log2,
+                NUM_KV_HEADS,
+                HEAD_DIM,
+                HEAD_DIM_PADDED,
+                BLOCK_SIZE,
+                BLOCK_N,
+                True,
+            )
+            result = accumulator / total[:, None]
+            tl.store(out + row_head[:, None] * HEAD_DIM + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
+
+    # Who ends last has seen every ticket taken, and lays them back for the next launch.
+    if work > programs:
+        ended = tl.atomic_add(tickets + 1, 1)
+        if ended == programs - 1:
+            tl.store(tickets, 0)
+            tl.store(tickets + 1, 0)

@@ -13,8 +13,9 @@ __all__ = ["prepare", "prepare_reference", "prepare_triton"]
 def prepare(slots: SlotTensors, step: StepTensors, rows: int, bucket: int, block_size: int) -> None:
     """Fills the first `rows` rows and `bucket` active slots of `step` from `slots`, in place.
 
-    Rows of a slot are consecutive, slots ascending; what is left over is padding. If the slots need more than `rows`
-    rows, or more than `bucket` slots run, all rows become padding and `overflow` is set: nothing is dropped silently.
+    Slots of one token come first, then chunks, slots ascending in both; the rows of a chunk are consecutive. What is
+    left over is padding. If the slots need more than `rows` rows, or more than `bucket` slots run, all rows become
+    padding and `overflow` is set: nothing is dropped silently.
     """
     if use_triton(slots.query_lens):
         prepare_triton(slots, step, rows, bucket, block_size)
@@ -31,9 +32,14 @@ def prepare_reference(slots: SlotTensors, step: StepTensors, rows: int, bucket: 
     if overflow:
         active, lengths = active[:0], lengths[:0]
     total, count = int(lengths.sum()), len(active)
-    start = lengths.cumsum(0) - lengths
-    slot = active.repeat_interleave(lengths)
-    position = slots.seq_lens.long()[slot] + torch.arange(total, device=slot.device) - start.repeat_interleave(lengths)
+    is_chunk = lengths > 1
+    order = is_chunk.long().argsort(stable=True)  # of the active slots, as their rows lie
+    ends = torch.empty_like(lengths)
+    ends[order] = lengths[order].cumsum(0)
+    start = ends - lengths
+    slot = active[order].repeat_interleave(lengths[order])
+    begin = start[order].repeat_interleave(lengths[order])
+    position = slots.seq_lens.long()[slot] + torch.arange(total, device=slot.device) - begin
     block_index = position // block_size
     has_block = block_index < slots.num_blocks[slot]
     block = slots.block_tables.long()[slot, block_index.clamp(max=slots.block_tables.shape[1] - 1)]
@@ -49,12 +55,18 @@ def prepare_reference(slots: SlotTensors, step: StepTensors, rows: int, bucket: 
     step.active_slots[:count] = active.int()
     step.active_index[:] = -1
     step.active_index[active] = torch.arange(count, dtype=torch.int32, device=active.device)
-    step.query_start[: bucket + 1] = total
-    step.query_start[:count] = start.int()
+    singles, chunks = active[~is_chunk], active[is_chunk]
+    step.decode_slots[:bucket] = -1
+    step.decode_slots[: len(singles)] = singles.int()
+    step.chunk_slots[:bucket] = -1
+    step.chunk_slots[: len(chunks)] = chunks.int()
+    step.chunk_start[: bucket + 1] = total
+    step.chunk_start[: len(chunks)] = start[is_chunk].int()
     step.logit_rows[:bucket] = 0
-    step.logit_rows[:count] = (start + lengths - 1).int()
+    step.logit_rows[:count] = (ends - 1).int()
     step.info[0] = count
     step.info[1] = int(overflow)
+    step.info[2] = len(chunks)
 
 
 def prepare_triton(slots: SlotTensors, step: StepTensors, rows: int, bucket: int, block_size: int) -> None:
@@ -72,7 +84,9 @@ def prepare_triton(slots: SlotTensors, step: StepTensors, rows: int, bucket: int
         step.kv_slots,
         step.active_slots,
         step.active_index,
-        step.query_start,
+        step.decode_slots,
+        step.chunk_slots,
+        step.chunk_start,
         step.logit_rows,
         step.info,
         rows,
@@ -100,9 +114,11 @@ def _prepare(
     kv_slots,  # [rows]
     active_slots,  # [bucket]
     active_index,  # [S]
-    query_start,  # [bucket + 1]
+    decode_slots,  # [bucket]
+    chunk_slots,  # [bucket]
+    chunk_start,  # [bucket + 1]
     logit_rows,  # [bucket]
-    info,  # [2]
+    info,  # [3]
     rows,
     bucket,
     MAX_SLOTS: tl.constexpr,
@@ -117,20 +133,32 @@ def _prepare(
     lengths = tl.load(query_lens + lane, mask=lane < MAX_SLOTS, other=0)
     total = tl.sum(lengths)
     count = tl.sum((lengths > 0).to(tl.int32))
+    singles = tl.sum((lengths == 1).to(tl.int32))
     overflow = (total > rows) | (count > bucket)
     total = tl.where(overflow, 0, total)
     count = tl.where(overflow, 0, count)
-    start = tl.sum(tl.where(lane < slot, lengths, 0))
-    index = tl.sum(tl.where((lane < slot) & (lengths > 0), 1, 0))
+    singles = tl.where(overflow, 0, singles)
+    before = lane < slot
+    index = tl.sum((before & (lengths > 0)).to(tl.int32))
+    single = tl.sum((before & (lengths == 1)).to(tl.int32))
+    chunk = index - single
     length = tl.where(overflow, 0, tl.sum(tl.where(lane == slot, lengths, 0)))
+    start = single
+    if length > 1:
+        start = singles + tl.sum(tl.where(before & (lengths > 1), lengths, 0))
     if slot == 0:
         tl.store(info, count)
         tl.store(info + 1, overflow.to(tl.int32))
-        tl.store(query_start + bucket, total)
+        tl.store(info + 2, count - singles)
+        tl.store(chunk_start + bucket, total)
     tl.store(active_index + slot, tl.where(length > 0, index, -1))
+    if length == 1:
+        tl.store(decode_slots + single, slot)
+    if length > 1:
+        tl.store(chunk_slots + chunk, slot)
+        tl.store(chunk_start + chunk, start)
     if length > 0:
         tl.store(active_slots + index, slot)
-        tl.store(query_start + index, start)
         tl.store(logit_rows + index, start + length - 1)
         first = tl.load(seq_lens + slot)
         blocks = tl.load(num_blocks + slot)
@@ -155,7 +183,12 @@ def _prepare(
         tl.store(positions + row, 0, mask=padding)
         tl.store(input_ids + row, 0, mask=padding)
         tl.store(kv_slots + row, -1, mask=padding)
-    if (slot >= count) & (slot < bucket):
-        tl.store(active_slots + slot, -1)
-        tl.store(query_start + slot, total)
-        tl.store(logit_rows + slot, 0)
+    if slot < bucket:
+        if slot >= count:
+            tl.store(active_slots + slot, -1)
+            tl.store(logit_rows + slot, 0)
+        if slot >= singles:
+            tl.store(decode_slots + slot, -1)
+        if slot >= count - singles:
+            tl.store(chunk_slots + slot, -1)
+            tl.store(chunk_start + slot, total)

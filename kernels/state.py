@@ -163,6 +163,9 @@ def parameter_words(itemsize: int | None = None) -> int:
 class StepTensors:
     """What `prepare` derives from the slots for one step; T rows, S slots. A step of fewer rows uses the front.
 
+    Rows of slots that compute one token come first, then those of chunks, slots ascending in both; padding is last. So
+    each kind has a kernel of its own, and neither pays for the other.
+
     Attributes:
         row_slot: `[T]` int32, slot of a row, -1 for padding.
         positions: `[T]` int32, position of the row's token in its sequence.
@@ -170,9 +173,12 @@ class StepTensors:
         kv_slots: `[T]` int64, block * block_size + offset where the row's KV goes, -1 for nowhere.
         active_slots: `[S]` int32, slots that run, in ascending order, then -1.
         active_index: `[S]` int32, index of a slot in `active_slots`, -1 if it does not run.
-        query_start: `[S + 1]` int32, first row of each active slot, then the total.
+        decode_slots: `[S]` int32, `row_slot` of the rows in front of the chunks, -1 from the first chunk on.
+        chunk_slots: `[S]` int32, slots that compute two tokens or more, then -1.
+        chunk_start: `[S + 1]` int32, first row of each chunk, then the total of the rows.
         logit_rows: `[S]` int32, last row of each active slot, 0 for padding.
-        info: `[2]` int32, real_bsz and overflow.
+        info: `[3]` int32, real_bsz, overflow, and the number of chunks.
+        tickets: `[2]` int32, the work that `paged_prefill` shares out; zero between its launches, not `prepare`'s.
     """
 
     row_slot: torch.Tensor
@@ -181,9 +187,12 @@ class StepTensors:
     kv_slots: torch.Tensor
     active_slots: torch.Tensor
     active_index: torch.Tensor
-    query_start: torch.Tensor
+    decode_slots: torch.Tensor
+    chunk_slots: torch.Tensor
+    chunk_start: torch.Tensor
     logit_rows: torch.Tensor
     info: torch.Tensor
+    tickets: torch.Tensor
 
     @classmethod
     def allocate(cls, max_slots: int, max_rows: int, device: torch.device) -> StepTensors:
@@ -197,7 +206,10 @@ class StepTensors:
             kv_slots=torch.full((max_rows,), -1, dtype=torch.int64, device=device),
             active_slots=ints(max_slots) - 1,
             active_index=ints(max_slots) - 1,
-            query_start=ints(max_slots + 1),
+            decode_slots=ints(max_slots) - 1,
+            chunk_slots=ints(max_slots) - 1,
+            chunk_start=ints(max_slots + 1),
             logit_rows=ints(max_slots),
-            info=ints(2),
+            info=ints(3),
+            tickets=ints(2),
         )

@@ -80,8 +80,8 @@ class DecoderProgram(StepProgram):
         """Hidden states `[rows, hidden size]`, behind the last norm."""
         step = self.state_of_slots.step
         num_kv_heads = self._decoder.attentions[0].num_kv_heads
-        splits = choose_splits(key.rows, num_kv_heads, self._num_sms) if key.phase == "decode" else 0
-        rows = AttentionRows(self.state_of_slots.slots, step, key.rows, key.bucket, splits)
+        splits = choose_splits(key.bucket, num_kv_heads, self._num_sms)
+        rows = AttentionRows(self.state_of_slots.slots, step, key.rows, key.bucket, splits, key.phase == "mixed")
         with attention_rows(rows), self._with_constant_floats:
             hidden: torch.Tensor = self._decoder(step.input_ids[: key.rows], step.positions[: key.rows])
         return hidden

@@ -79,8 +79,8 @@ class Step:
     row_slot: torch.Tensor = field(init=False)
     positions: torch.Tensor = field(init=False)
     kv_slots: torch.Tensor = field(init=False)
-    active_slots: torch.Tensor = field(init=False)
-    query_start: torch.Tensor = field(init=False)
+    chunk_slots: torch.Tensor = field(init=False)
+    chunk_start: torch.Tensor = field(init=False)
     seq_lens: torch.Tensor = field(init=False)
     rows: int = field(init=False)  # real ones
     dense: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(init=False, default_factory=dict)
@@ -132,8 +132,8 @@ class Step:
         self.row_slot = integers(row_slot + [-1 for _ in pad])
         self.positions = integers(positions + pad)
         self.kv_slots = integers(kv_slots + [-1 for _ in pad]).long()
-        self.active_slots = integers(self.order + [-1 for _ in pad])
-        self.query_start = integers(starts + [self.rows for _ in pad])
+        self.chunk_slots = integers(self.order + [-1 for _ in pad])
+        self.chunk_start = integers(starts + [self.rows for _ in pad])
         self.seq_lens = integers([slot[0] if slot else 0 for slot in case.slots])
 
     @property
@@ -200,15 +200,22 @@ def check_decode(case: AttentionCase, device: str, num_splits: int, tile: Decode
     step.assert_right(paged_decode_reference(*step.wide, *where), 1e-12)
 
 
-def check_prefill(case: AttentionCase, device: str, tile: PrefillTile | None = None) -> None:
+def check_prefill(case: AttentionCase, device: str, tile: PrefillTile | None = None, in_front: int = 2) -> None:
     """The kernel against dense attention, and the reference in float64 too."""
     step = Step(case, device)
-    where = step.block_tables, step.active_slots, step.query_start, step.seq_lens, step.scale
-    with poisoned_allocations():
-        actual = paged_prefill_triton(step.query, step.k_cache, step.v_cache, *where, tile)
-    step.assert_right(actual, TOLERANCE[case.dtype])
-    step.assert_padding_untouched(actual)
-    step.assert_right(paged_prefill_reference(*step.wide, *where), 1e-12)
+    # Rows in front of the chunks belong to another kernel.
+    query = torch.nn.functional.pad(step.query, (0, 0, 0, 0, in_front, 0), value=float("nan"))
+    where = step.block_tables, step.chunk_slots, step.chunk_start + in_front, step.seq_lens, step.scale
+    tickets = torch.zeros(2, dtype=torch.int32, device=device)
+    for _ in range(2):  # a launch leaves its tickets as it found them
+        with poisoned_allocations():
+            actual = paged_prefill_triton(query, step.k_cache, step.v_cache, *where, tickets, tile)
+        step.assert_right(actual[in_front:], TOLERANCE[case.dtype])
+        step.assert_padding_untouched(actual[in_front:])
+        assert actual[:in_front].isnan().all(), "a row in front of the chunks was written"
+        assert tickets.tolist() == [0, 0]
+    _, *caches = step.wide
+    step.assert_right(paged_prefill_reference(query.double(), *caches, *where)[in_front:], 1e-12)
 
 
 def check_rope_write(case: AttentionCase, device: str, with_norm: bool) -> None:

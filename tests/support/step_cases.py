@@ -232,34 +232,43 @@ def _expected_rows(case: StepCase) -> dict[str, list[int]]:
     limits, slots = case.limits, case.slot_tensors()
     size = limits.block_size
     rows: list[tuple[int, int, int, int]] = []
+    last_row: dict[int, int] = {}
     starts: list[int] = []
-    for index in case.active:
+    singles = [index for index in case.active if case.slots[index].query_len == 1]
+    chunks = [index for index in case.active if case.slots[index].query_len > 1]
+    for index in [*singles, *chunks]:
         slot = case.slots[index]
-        starts.append(len(rows))
+        if index in chunks:
+            starts.append(len(rows))
         for position in range(slot.seq_len, slot.seq_len + slot.query_len):
             has_block = position // size < slot.num_blocks
             block = int(slots.block_tables[index, position // size]) if has_block else 0
             kv_slot = block * size + position % size if has_block else -1
             rows.append((index, position, int(slots.token_ids[index, position]), kv_slot))
-    total = len(rows)
+        last_row[index] = len(rows) - 1
+    total, count = len(rows), len(case.active)
     rows += [(-1, 0, 0, -1)] * (case.rows - total)
-    padding = case.bucket - len(starts)
-    last_rows = [end - 1 for end in [*starts[1:], total]] if starts else []
     index_of = {slot: index for index, slot in enumerate(case.active)}
 
     def filled(values: list[int], size: int) -> list[int]:
         return values + [POISON] * (size - len(values))
+
+    def slotwise(values: list[int], padding: int, more: int = 0) -> list[int]:
+        return filled(values + [padding] * (case.bucket + more - len(values)), limits.max_slots + more)
 
     return {
         "row_slot": filled([row[0] for row in rows], limits.max_rows),
         "positions": filled([row[1] for row in rows], limits.max_rows),
         "input_ids": filled([row[2] for row in rows], limits.max_rows),
         "kv_slots": filled([row[3] for row in rows], limits.max_rows),
-        "active_slots": filled([*case.active, *[-1] * padding], limits.max_slots),
+        "active_slots": slotwise(case.active, -1),
         "active_index": [index_of.get(slot, -1) for slot in range(limits.max_slots)],
-        "query_start": filled([*starts, *[total] * (padding + 1)], limits.max_slots + 1),
-        "logit_rows": filled([*last_rows, *[0] * padding], limits.max_slots),
-        "info": [len(starts), int(case.overflows)],
+        "decode_slots": slotwise(singles, -1),
+        "chunk_slots": slotwise(chunks, -1),
+        "chunk_start": slotwise(starts, total, more=1),
+        "logit_rows": slotwise([last_row[index] for index in case.active], 0),
+        "info": [count, int(case.overflows), len(chunks)],
+        "tickets": [POISON] * 2,
     }
 
 

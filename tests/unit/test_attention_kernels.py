@@ -21,7 +21,12 @@ from graphexec.kernels.paged_decode import (
     paged_decode_reference,
     paged_decode_triton,
 )
-from graphexec.kernels.paged_prefill import PrefillTile, paged_prefill, paged_prefill_reference
+from graphexec.kernels.paged_prefill import (
+    PrefillTile,
+    paged_prefill,
+    paged_prefill_reference,
+    paged_prefill_triton,
+)
 from graphexec.kernels.rope_write import rope_write, rope_write_reference, rope_write_triton
 from tests.support.attention_cases import (
     SHAPES,
@@ -63,7 +68,7 @@ def test_decode_matches_dense_attention(case: AttentionCase, num_splits: int, ti
 @few
 @given(
     case=attention_cases(DTYPES, longest_context=80, longest_chunk=40),
-    tile=st.sampled_from([None, PrefillTile(block_m=16, block_n=16, num_warps=4, num_stages=2)]),
+    tile=st.sampled_from([None, PrefillTile(16, 16, num_warps=4, num_stages=2, programs_per_sm=1)]),
 )
 @example(case=NO_ACTIVE_ROWS, tile=None)
 @example(case=NO_ROWS, tile=None)
@@ -115,13 +120,13 @@ def test_a_split_without_work_leaves_no_trace(num_splits: int) -> None:
 @interpreted
 def test_prefill_mixes_single_tokens_with_long_chunks() -> None:
     slots = ((70, 1), (0, 33), None, (5, 1), (31, 40))
-    check_prefill(AttentionCase(SHAPES[3], torch.float32, slots, padding=2), "cpu", PrefillTile(16, 16, 4, 2))
+    check_prefill(AttentionCase(SHAPES[3], torch.float32, slots, padding=2), "cpu", PrefillTile(16, 16, 4, 2, 2))
 
 
 @interpreted
 def test_prefill_searches_beyond_its_first_window() -> None:
     slots = tuple((index % 3, 1) for index in range(140))
-    check_prefill(AttentionCase(SHAPES[0], torch.float32, slots, padding=1), "cpu", PrefillTile(16, 16, 4, 2))
+    check_prefill(AttentionCase(SHAPES[0], torch.float32, slots, padding=1), "cpu", PrefillTile(16, 16, 4, 2, 2))
 
 
 @interpreted
@@ -140,6 +145,9 @@ def test_a_block_size_that_is_no_power_of_two_is_refused() -> None:
     where = step.block_tables, step.row_slot, step.positions, step.scale
     with pytest.raises(ValueError, match="12; the kernel needs a power of two"):
         paged_decode_triton(step.query, cache, cache, *where, num_splits=1)
+    where = step.block_tables, step.chunk_slots, step.chunk_start, step.seq_lens, step.scale
+    with pytest.raises(ValueError, match="12; the kernel needs a power of two"):
+        paged_prefill_triton(step.query, cache, cache, *where, torch.zeros(2, dtype=torch.int32))
 
 
 @settings(max_examples=30, deadline=None)
@@ -148,9 +156,8 @@ def test_references_match_dense_attention(case: AttentionCase) -> None:
     step = Step(case, "cpu")
     decoded = paged_decode(*step.wide, step.block_tables, step.row_slot, step.positions, step.scale, num_splits=4)
     step.assert_right(decoded, 1e-12)
-    chunked = paged_prefill(
-        *step.wide, step.block_tables, step.active_slots, step.query_start, step.seq_lens, step.scale
-    )
+    where = step.block_tables, step.chunk_slots, step.chunk_start, step.seq_lens, step.scale
+    chunked = paged_prefill(*step.wide, *where, torch.zeros(2, dtype=torch.int32))
     step.assert_right(chunked, 1e-12)
 
 
@@ -160,11 +167,11 @@ def test_batch_mates_do_not_change_a_row(case: AttentionCase) -> None:
     step = Step(case, "cpu")
     decoded = paged_decode_reference(*step.wide, step.block_tables, step.row_slot, step.positions, step.scale)
     chunked = paged_prefill_reference(
-        *step.wide, step.block_tables, step.active_slots, step.query_start, step.seq_lens, step.scale
+        *step.wide, step.block_tables, step.chunk_slots, step.chunk_start, step.seq_lens, step.scale
     )
     query, *caches = step.wide
     for index, slot in enumerate(step.order):
-        mine = slice(int(step.query_start[index]), int(step.query_start[index + 1]))
+        mine = slice(int(step.chunk_start[index]), int(step.chunk_start[index + 1]))
         row = mine.start
         alone = paged_decode_reference(
             query[row : row + 1],

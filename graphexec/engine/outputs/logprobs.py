@@ -70,13 +70,21 @@ class PromptLogprobRows:
         self._result = result
 
     def first_rows(self) -> Iterator[tuple[int, PromptChunk, int]]:
-        """Each chunk that ran: its slot, its positions, and its first row."""
+        """Each chunk that ran: its slot, its positions, and its first row.
+
+        Slots of one row lie in front of the longer ones, in ascending order both (`prepare`).
+        """
+        ran = np.flatnonzero(self._result.num_tokens >= 0).tolist()
+        chunks = [(slot, self._chunks.get(slot)) for slot in ran]
         row = 0
-        for slot in np.flatnonzero(self._result.num_tokens >= 0).tolist():
-            chunk = self._chunks.get(slot)
-            if chunk is not None:
-                yield slot, chunk, row
-            row += 1 if chunk is None else chunk.end - chunk.begin
+        for is_long in (False, True):
+            for slot, chunk in chunks:
+                rows = 1 if chunk is None else chunk.end - chunk.begin
+                if (rows > 1) is not is_long:
+                    continue
+                if chunk is not None:
+                    yield slot, chunk, row
+                row += rows
 
     def of(self, row: int, top: int) -> TokenLogprobs:
         """Those of the token behind a row, with the `top` most likely ones."""
