@@ -17,6 +17,7 @@ from graphexec.errors import ConfigError
 __all__ = [
     "BACKEND_GROUP",
     "BackendConfig",
+    "CaptureMode",
     "CompileMode",
     "Device",
     "Dtype",
@@ -28,6 +29,7 @@ __all__ = [
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 CompileMode = Literal["model", "layer", "off"]
+CaptureMode = Literal["full", "off"]
 BACKEND_GROUP = "graphexec.backends"
 """Entry-point group of backends: callables `(config, runtime) -> ExecutionBackend`."""
 _BUILT_IN = ("cudagraph", "eager")
@@ -54,9 +56,16 @@ class BackendConfig(_Config):
         name: "cudagraph", "eager", or a name registered under the entry-point group `graphexec.backends`.
         capture_sizes: batch sizes (slots) to capture; None for 1, 2, 4, then steps of 8 to 256, then of 16.
         prefill_sizes: padded row counts of steps with prompt chunks; None for a ladder of about 12 % steps.
+        prefill_slots: padded slot counts of steps with prompt chunks; None for 8, 32, 96 and all.
+        decode: "full" replays a whole graph for a step without prompt chunks, "off" runs it eagerly; None for "full".
+        prefill: the same of steps with prompt chunks.
+        variants: variants whose graphs are captured in the warm-up; None for those that the program calls common. The
+            others are captured, shape by shape, on first use.
         lazy_capture: capture a missing graph when it is first needed, which stalls that step.
-        strict: refuse, instead of counting, a decode step that has no graph.
-        verify: compare every graph with the eager step after its capture; None: on CUDA (a CPU graph is the step).
+        strict: refuse, instead of counting, a step that has no graph, and at the start ladders that leave one out.
+            Nobody refuses idle steps, steps that report log-probabilities of a prompt, and phases that are "off".
+        verify: compare every graph with the eager step after its capture, or none; None: on CUDA those of decode steps,
+            and the largest, the middle and the smallest of steps with prompt chunks (a CPU graph is the step).
         step_timeout_s: seconds after which a step that has not finished is an error.
         overlap_depth: has moved to EngineConfig, which takes it from here with a FutureWarning; no backend reads it.
         overlap_prefill: has moved likewise.
@@ -65,6 +74,10 @@ class BackendConfig(_Config):
     name: str = "cudagraph"
     capture_sizes: tuple[PositiveInt, ...] | None = None
     prefill_sizes: tuple[PositiveInt, ...] | None = None
+    prefill_slots: tuple[PositiveInt, ...] | None = None
+    decode: CaptureMode | None = None
+    prefill: CaptureMode | None = None
+    variants: tuple[str, ...] | None = None
     lazy_capture: bool = False
     strict: bool = False
     verify: bool | None = None
@@ -80,12 +93,12 @@ class BackendConfig(_Config):
             raise ValueError(f"there is no such backend. {_nearest(name, known)}".rstrip("."))
         return name
 
-    @field_validator("capture_sizes", "prefill_sizes")
+    @field_validator("capture_sizes", "prefill_sizes", "prefill_slots", "variants")
     @classmethod
-    def _distinct(cls, sizes: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if sizes is not None and (not sizes or len(set(sizes)) != len(sizes)):
-            raise ValueError("it must name at least one size, and none twice")
-        return sizes
+    def _distinct(cls, values: tuple[object, ...] | None) -> tuple[object, ...] | None:
+        if values is not None and (not values or len(set(values)) != len(values)):
+            raise ValueError("it must name at least one, and none twice")
+        return values
 
 
 class EngineConfig(_Config):

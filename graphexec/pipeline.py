@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Protocol
 
-from graphexec.capture.buckets import BucketTable
+from graphexec.capture.buckets import Ladders
 from graphexec.controller import Controller
 from graphexec.errors import BucketOverflowError, ConfigError, DeviceError, GraphexecError, StepTimeout
 from graphexec.lifetime import DeviceSide
@@ -31,8 +31,8 @@ _STEP_MASK = 0xFFFFFFFF
 class Launcher(Protocol):
     """How a backend puts work on the compute stream. What can fail for the host's reasons fails while choosing."""
 
-    def upload(self, staging_slot: int) -> Callable[[], None]:
-        """The call that enqueues the upload and the application of a staging slot."""
+    def upload(self, staging_slot: int, words: int) -> Callable[[], None]:
+        """The call that enqueues the upload of the first words of a staging slot, and their application."""
 
     def step(self, key: GraphKey) -> Callable[[], None]:
         """The call that enqueues the step of this shape."""
@@ -77,19 +77,17 @@ class Pipeline:
     of DeviceSide, which also holds when a pipeline is dropped without `close`, or the interpreter ends.
     """
 
-    def __init__(
-        self, runtime: Runtime, program: StepProgram, buckets: BucketTable, rows: BucketTable, timeout_s: float
-    ) -> None:
+    def __init__(self, runtime: Runtime, program: StepProgram, ladders: Ladders, timeout_s: float) -> None:
         with runtime.activated():
             self.runtime = runtime
             self.device_side = DeviceSide(runtime, program)
             self.compute, self._copy = self.device_side.compute, self.device_side.copy
             self.records, self.staging = self.device_side.records, self.device_side.staging
             self.io = self.device_side.io
-            self.controller = Controller(program.max_slots, buckets)
+            self.controller = Controller(program.max_slots, ladders.slots)
             self.wait_s = 0.0
             self._program = program
-            self.buckets, self.rows = buckets, rows
+            self.ladders = ladders
             self._timeout_s = timeout_s
             self._next_step = 0
             self._last_delta: int | None = None  # what the device holds until our first one is somebody else's
@@ -103,15 +101,17 @@ class Pipeline:
         """The shape that holds at most `bound` running slots and the chunks of `plan`."""
         if bound == 0:
             return GraphKey("idle", 0, 0, plan.variant)
-        bucket = self.controller.bucket_for(bound)
-        per_slot = self._program.rows_per_slot
+        program, ladders = self._program, self.ladders
+        per_slot = program.rows_per_slot
         chunk_rows, chunk_slots = plan.chunk_rows, plan.chunk_slots
         # Chunks of one token (the end of a prompt, or all of it) are rows like any other.
         short_chunks = per_slot == 1 and chunk_rows == chunk_slots
-        if chunk_rows == 0 or (short_chunks and plan.variant in self._program.variants):
+        if chunk_rows == 0 or (short_chunks and plan.variant in program.variants):
+            bucket = self.controller.bucket_for(bound)
             return GraphKey("decode", bucket * per_slot, bucket, plan.variant)
         rows = chunk_rows + max(bound - chunk_slots, 0) * per_slot
-        return GraphKey("mixed", self.rows.fit(rows) or rows, bucket, plan.variant)
+        shape = ladders.chunk_shape(bound, rows, chunk_slots) or ("mixed", rows, min(program.max_slots, rows))
+        return GraphKey(*shape, program.mixed_variants.get(plan.variant, plan.variant))
 
     def submit(self, plan: StepPlan, launcher: Launcher) -> PipelineHandle:
         """Enqueues one step and returns at once.
@@ -155,9 +155,9 @@ class Pipeline:
         if delta is None:
             return None
         slot, words = self.staging.acquire()
-        delta.pack(words, step)
+        used = delta.pack(words, step)
         self.controller.arm(step, delta.armed)
-        upload = launcher.upload(slot)
+        upload = launcher.upload(slot, len(words) if used is None else used)
 
         def enqueue() -> None:
             upload()

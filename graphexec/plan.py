@@ -30,7 +30,7 @@ __all__ = [
 
 Int32Array = NDArray[np.int32]
 FloatArray = NDArray[np.float32] | NDArray[np.float64]
-Phase = Literal["idle", "decode", "mixed"]
+Phase = Literal["idle", "decode", "prefill", "mixed"]
 
 
 class FinishCode(IntEnum):
@@ -49,7 +49,8 @@ class GraphKey:
     """Names one captured step. It holds every host number that the step may read.
 
     Attributes:
-        phase: "decode" (every slot computes `rows / bucket` tokens), "mixed" (prompt chunks among them) or "idle".
+        phase: "decode" (every slot computes `rows / bucket` tokens), "prefill" (every slot computes a prompt chunk),
+            "mixed" (some do) or "idle".
         rows: launched rows (tokens), padding included.
         bucket: launched slots, padding included.
         variant: one of the program's `variants`, e.g. the sampler's.
@@ -59,6 +60,11 @@ class GraphKey:
     rows: int
     bucket: int
     variant: str
+
+    @property
+    def has_chunks(self) -> bool:
+        """Whether slots may compute more than their share of tokens."""
+        return self.phase in ("prefill", "mixed")
 
     def __str__(self) -> str:
         return f"{self.phase} step, bucket {self.bucket}, {self.rows} rows, {self.variant}"
@@ -135,10 +141,13 @@ class Delta(ABC):
         return 0
 
     @abstractmethod
-    def pack(self, words: Int32Array, step: int) -> None:
+    def pack(self, words: Int32Array, step: int) -> int | None:
         """Writes itself into `words`, the program's `staging_words` int32s, with the number of the step.
 
         `apply` keeps that number on the device, and the record of every later step repeats it in its header.
+
+        Returns:
+            How many words, from the first, `apply` reads: the others are not uploaded. None for all.
         """
 
 
@@ -220,8 +229,12 @@ class StepProgram(ABC):
     """S, number of slots."""
     variants: tuple[str, ...]
     """Variants of the step, cheapest first."""
+    common_variants: tuple[str, ...] | None = None
+    """Those whose graphs should be there before the first step; None for all. The others are captured on first use."""
+    mixed_variants: Mapping[str, str] = MappingProxyType({})
+    """In a step with prompt chunks, the variant that serves another: graphs are saved where the rows cost anyway."""
     chunk_variants: tuple[str, ...] = ()
-    """Further variants, of steps with prompt chunks alone."""
+    """Further variants, of steps with prompt chunks alone; they always run eagerly."""
     extra_words: Mapping[str, int] = MappingProxyType({})
     """How many of the record's extra words a variant fills, from their first; the others are not copied."""
     record: RecordLayout

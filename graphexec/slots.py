@@ -98,28 +98,36 @@ class SlotState:
     def exercise(self, slots: int, rows: int, num_blocks: int, vocab_size: int, generator: torch.Generator) -> None:
         """Fills the first `slots` slots with random sequences that compute `rows` rows between them.
 
-        Rows beyond one for each slot go into prompt chunks of the first slots. The sequences lie in KV blocks 1 to
-        `num_blocks - 1`, and no two of them write to the same place. Stop ids are left out: no slot ends by chance.
+        Rows beyond one for each slot go into prompt chunks of the first slots, as far as there are blocks for them. The
+        sequences lie in KV blocks 1 to `num_blocks - 1`, and no two of them write to the same place. Stop ids are left
+        out: no slot ends by chance.
         """
         limits, usable, state = self.limits, num_blocks - 1, self.slots
-        blocks_each = min(max(usable // slots, 1), limits.max_blocks)
-        order = torch.randperm(usable, generator=generator, dtype=torch.int32) + 1
-        tables = order[torch.arange(slots * blocks_each) % usable].view(slots, blocks_each)
-        longest = max(min(blocks_each * limits.block_size, limits.max_tokens) - 2, 1)
+        size, spare, surplus = limits.block_size, max(usable - slots, 0), rows - slots
+        query_lens, held = torch.ones(slots, dtype=torch.int32), torch.ones(slots, dtype=torch.int32)
+        chunks = 0
+        while chunks < slots <= usable:
+            more = min(surplus, limits.max_tokens - 2, (1 + spare) * size - 2)
+            if more <= 0:
+                break
+            query_lens[chunks] += more
+            held[chunks] = -(-(more + 2) // size)  # with room for the token behind it
+            spare, surplus, chunks = spare - int(held[chunks]) + 1, surplus - more, chunks + 1
+        if chunks < slots:
+            held[chunks:] = min(1 + spare // (slots - chunks), limits.max_blocks)
+        longest = max(min(int(held[-1]) * size, limits.max_tokens) - 2, 1)
         seq_lens = torch.randint(0, longest, (slots,), generator=generator, dtype=torch.int32)
-        held = torch.full((slots,), blocks_each, dtype=torch.int32)
+        seq_lens[:chunks] = 0
+        order = torch.randperm(usable, generator=generator, dtype=torch.int32) + 1
+        tables = torch.zeros(slots, limits.max_blocks, dtype=torch.int32)
+        first = 0
+        for slot, count in enumerate(held.tolist()):
+            tables[slot, :count] = order[torch.arange(first, first + count) % usable]
+            first += count
         if usable < slots:  # slots that share a block write at different offsets of it, and those left over nowhere
             seq_lens = torch.arange(slots, dtype=torch.int32) // usable
-            held[seq_lens >= limits.block_size] = 0
+            held[seq_lens >= size] = 0
             seq_lens.clamp_(max=limits.max_tokens - 2)
-        query_lens = torch.ones(slots, dtype=torch.int32)
-        surplus = rows - slots
-        for slot in range(slots):
-            chunk = min(surplus, limits.max_tokens - 2)
-            if chunk <= 0:
-                break
-            query_lens[slot], seq_lens[slot] = 1 + chunk, 0
-            surplus -= chunk
         ids = torch.randint(0, vocab_size, (slots, limits.max_tokens + 1), generator=generator, dtype=torch.int32)
         for tensor in state.all():
             tensor.zero_()
@@ -130,7 +138,7 @@ class SlotState:
         state.num_tokens[:slots] = (seq_lens + query_lens).to(device)
         state.max_len.fill_(limits.max_tokens)
         state.num_blocks[:slots] = held.to(device)
-        state.block_tables[:slots, :blocks_each] = tables.to(device)
+        state.block_tables[:slots] = tables.to(device)
         state.token_ids[:slots] = ids.to(device)
         state.temperature.fill_(1.0)
         state.top_p.fill_(0.9)

@@ -30,7 +30,7 @@ class AttentionRows:
         step: the rows, from `prepare`.
         rows: T, launched rows.
         bucket: B, launched slots; without chunks as many rows.
-        num_splits: parts into which the context of a row in front of the chunks is split.
+        num_splits: parts into which the context of a row in front of the chunks is split; 0 if there are none such.
         has_chunks: whether there may be prompt chunks.
     """
 
@@ -85,10 +85,12 @@ def paged_attention(
     step, slots = rows.step, rows.slots
     kv_slots = step.kv_slots[: rows.rows]
     query = rope_write(qkv, cos, sin, q_norm, k_norm, norm_eps, k_cache, v_cache, kv_slots, num_heads)
-    # The first rows are those of slots that compute one token; at the first chunk `decode_slots` becomes -1.
-    single, out = slice(rows.bucket), torch.empty_like(query)
-    where = slots.block_tables, step.decode_slots[single], step.positions[single]
-    paged_decode(query[single], k_cache, v_cache, *where, scale, rows.num_splits, out[single])
+    out = torch.empty_like(query)
+    if rows.num_splits:
+        # The first rows are those of slots that compute one token; at the first chunk `decode_slots` becomes -1.
+        single = slice(rows.bucket)
+        where = slots.block_tables, step.decode_slots[single], step.positions[single]
+        paged_decode(query[single], k_cache, v_cache, *where, scale, rows.num_splits, out[single])
     if rows.has_chunks:
         chunks = step.chunk_slots[: rows.bucket], step.chunk_start[: rows.bucket + 1]
         paged_prefill(query, k_cache, v_cache, slots.block_tables, *chunks, slots.seq_lens, scale, step.tickets, out)

@@ -10,20 +10,25 @@ from graphexec.kernels.state import SlotTensors, StepTensors
 __all__ = ["prepare", "prepare_reference", "prepare_triton"]
 
 
-def prepare(slots: SlotTensors, step: StepTensors, rows: int, bucket: int, block_size: int) -> None:
+def prepare(
+    slots: SlotTensors, step: StepTensors, rows: int, bucket: int, block_size: int, shortest_chunk: int = 2
+) -> None:
     """Fills the first `rows` rows and `bucket` active slots of `step` from `slots`, in place.
 
-    Slots of one token come first, then chunks, slots ascending in both; the rows of a chunk are consecutive. What is
-    left over is padding. If the slots need more than `rows` rows, or more than `bucket` slots run, all rows become
-    padding and `overflow` is set: nothing is dropped silently.
+    Slots of one token come first, then chunks, slots ascending in both; the rows of a chunk are consecutive. With a
+    `shortest_chunk` of 1 every slot has a chunk, with 2 it takes two tokens. What is left over is padding. If the slots
+    need more than `rows` rows, or more than `bucket` slots run, all rows become padding and `overflow` is set: nothing
+    is dropped silently.
     """
     if use_triton(slots.query_lens):
-        prepare_triton(slots, step, rows, bucket, block_size)
+        prepare_triton(slots, step, rows, bucket, block_size, shortest_chunk)
     else:
-        prepare_reference(slots, step, rows, bucket, block_size)
+        prepare_reference(slots, step, rows, bucket, block_size, shortest_chunk)
 
 
-def prepare_reference(slots: SlotTensors, step: StepTensors, rows: int, bucket: int, block_size: int) -> None:
+def prepare_reference(
+    slots: SlotTensors, step: StepTensors, rows: int, bucket: int, block_size: int, shortest_chunk: int = 2
+) -> None:
     """What `prepare` means, in torch."""
     query_lens = slots.query_lens.long()
     active = query_lens.nonzero().flatten()
@@ -32,7 +37,7 @@ def prepare_reference(slots: SlotTensors, step: StepTensors, rows: int, bucket: 
     if overflow:
         active, lengths = active[:0], lengths[:0]
     total, count = int(lengths.sum()), len(active)
-    is_chunk = lengths > 1
+    is_chunk = lengths >= shortest_chunk
     order = is_chunk.long().argsort(stable=True)  # of the active slots, as their rows lie
     ends = torch.empty_like(lengths)
     ends[order] = lengths[order].cumsum(0)
@@ -69,7 +74,9 @@ def prepare_reference(slots: SlotTensors, step: StepTensors, rows: int, bucket: 
     step.info[2] = len(chunks)
 
 
-def prepare_triton(slots: SlotTensors, step: StepTensors, rows: int, bucket: int, block_size: int) -> None:
+def prepare_triton(
+    slots: SlotTensors, step: StepTensors, rows: int, bucket: int, block_size: int, shortest_chunk: int = 2
+) -> None:
     """One program a slot; each sums the lengths before its own, which for some hundred slots is a single load."""
     max_slots = slots.query_lens.shape[0]
     _prepare[(max_slots,)](
@@ -91,6 +98,7 @@ def prepare_triton(slots: SlotTensors, step: StepTensors, rows: int, bucket: int
         step.info,
         rows,
         bucket,
+        shortest_chunk,
         MAX_SLOTS=max_slots,
         LANES=triton.next_power_of_2(max_slots),
         MAX_BLOCKS=slots.block_tables.shape[1],
@@ -101,7 +109,7 @@ def prepare_triton(slots: SlotTensors, step: StepTensors, rows: int, bucket: int
     )
 
 
-@triton.jit(do_not_specialize=["rows", "bucket"])
+@triton.jit(do_not_specialize=["rows", "bucket", "shortest_chunk"])
 def _prepare(
     query_lens,  # [S]
     seq_lens,  # [S]
@@ -121,6 +129,7 @@ def _prepare(
     info,  # [3]
     rows,
     bucket,
+    shortest_chunk,
     MAX_SLOTS: tl.constexpr,
     LANES: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
@@ -133,28 +142,28 @@ def _prepare(
     lengths = tl.load(query_lens + lane, mask=lane < MAX_SLOTS, other=0)
     total = tl.sum(lengths)
     count = tl.sum((lengths > 0).to(tl.int32))
-    singles = tl.sum((lengths == 1).to(tl.int32))
+    singles = tl.sum(((lengths > 0) & (lengths < shortest_chunk)).to(tl.int32))
     overflow = (total > rows) | (count > bucket)
     total = tl.where(overflow, 0, total)
     count = tl.where(overflow, 0, count)
     singles = tl.where(overflow, 0, singles)
     before = lane < slot
     index = tl.sum((before & (lengths > 0)).to(tl.int32))
-    single = tl.sum((before & (lengths == 1)).to(tl.int32))
+    single = tl.sum((before & (lengths > 0) & (lengths < shortest_chunk)).to(tl.int32))
     chunk = index - single
     length = tl.where(overflow, 0, tl.sum(tl.where(lane == slot, lengths, 0)))
     start = single
-    if length > 1:
-        start = singles + tl.sum(tl.where(before & (lengths > 1), lengths, 0))
+    if length >= shortest_chunk:
+        start = singles + tl.sum(tl.where(before & (lengths >= shortest_chunk), lengths, 0))
     if slot == 0:
         tl.store(info, count)
         tl.store(info + 1, overflow.to(tl.int32))
         tl.store(info + 2, count - singles)
         tl.store(chunk_start + bucket, total)
     tl.store(active_index + slot, tl.where(length > 0, index, -1))
-    if length == 1:
+    if (length > 0) & (length < shortest_chunk):
         tl.store(decode_slots + single, slot)
-    if length > 1:
+    if length >= shortest_chunk:
         tl.store(chunk_slots + chunk, slot)
         tl.store(chunk_start + chunk, start)
     if length > 0:

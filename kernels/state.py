@@ -164,7 +164,7 @@ class StepTensors:
     """What `prepare` derives from the slots for one step; T rows, S slots. A step of fewer rows uses the front.
 
     Rows of slots that compute one token come first, then those of chunks, slots ascending in both; padding is last. So
-    each kind has a kernel of its own, and neither pays for the other.
+    each kind has a kernel of its own, and neither pays for the other. In a step of chunks alone, all slots have one.
 
     Attributes:
         row_slot: `[T]` int32, slot of a row, -1 for padding.
@@ -174,7 +174,7 @@ class StepTensors:
         active_slots: `[S]` int32, slots that run, in ascending order, then -1.
         active_index: `[S]` int32, index of a slot in `active_slots`, -1 if it does not run.
         decode_slots: `[S]` int32, `row_slot` of the rows in front of the chunks, -1 from the first chunk on.
-        chunk_slots: `[S]` int32, slots that compute two tokens or more, then -1.
+        chunk_slots: `[S]` int32, slots with a chunk, then -1.
         chunk_start: `[S + 1]` int32, first row of each chunk, then the total of the rows.
         logit_rows: `[S]` int32, last row of each active slot, 0 for padding.
         info: `[3]` int32, real_bsz, overflow, and the number of chunks.

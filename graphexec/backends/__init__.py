@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from graphexec.backends.base import BackendStats, ExecutionBackend, Progress
 from graphexec.backends.cudagraph import CudaGraphBackend
 from graphexec.backends.eager import EagerBackend
-from graphexec.backends.stepping import bucket_sizes
+from graphexec.backends.stepping import keys_of, ladders_of
 from graphexec.config import BACKEND_GROUP, BackendConfig
 from graphexec.errors import ConfigError
 from graphexec.runtime import Runtime
@@ -18,8 +18,9 @@ __all__ = [
     "EagerBackend",
     "ExecutionBackend",
     "Progress",
-    "bucket_sizes",
     "create_backend",
+    "keys_of",
+    "ladders_of",
 ]
 
 

@@ -12,20 +12,22 @@ import torch
 from graphexec.backends.base import BackendStats, ExecutionBackend, Progress
 from graphexec.backends.stepping import (
     EagerLauncher,
+    keys_of,
     open_pipeline,
     preserved_state,
     run_once,
-    warmup_chunk_keys,
-    warmup_keys,
+    smallest_keys,
+    takes_chunks,
+    typical_keys,
 )
+from graphexec.capture.buckets import Ladders
 from graphexec.capture.graph_set import GraphSet, frozen_garbage_collection
 from graphexec.capture.manifest import CapturedGraph, Manifest
 from graphexec.capture.verify import check_record, check_written, compare, poison, snapshot
 from graphexec.config import BackendConfig
-from graphexec.errors import CaptureError, GraphexecError
+from graphexec.errors import CaptureError, ConfigError, GraphexecError
 from graphexec.pipeline import Pipeline
 from graphexec.plan import GraphKey, StepHandle, StepPlan, StepProgram
-from graphexec.rings import RING_SLOTS
 from graphexec.runtime import Graph, Runtime
 
 __all__ = ["CudaGraphBackend"]
@@ -34,12 +36,12 @@ _log = logging.getLogger(__name__)
 
 
 class CudaGraphBackend(ExecutionBackend):
-    """Replays one graph for a decode step; idle steps and steps with prompt chunks run eagerly, and are counted."""
+    """Replays one graph for a step, with prompt chunks or without; what runs eagerly is counted with its reason."""
 
     def __init__(self, config: BackendConfig, runtime: Runtime) -> None:
         self._config = config
         self._runtime = runtime
-        self._verifies = config.verify if config.verify is not None else runtime.device.type == "cuda"
+        self._is_cuda = runtime.device.type == "cuda"
         self._pipeline: Pipeline | None = None
         self._graphs: GraphSet | None = None
 
@@ -49,19 +51,27 @@ class CudaGraphBackend(ExecutionBackend):
         self._pipeline = open_pipeline(self._config, self._runtime, program)
         self._graphs = GraphSet(self._runtime, self._pipeline.compute)
         self._pipeline.device_side.own(self._graphs)
-        self._launcher = _GraphLauncher(program, self._pipeline, self._graphs, self._config)
+        self._report_gaps(program, self._pipeline.ladders)
+        every = keys_of(self._config, program, self._pipeline.ladders)
+        common = self._config.variants or program.common_variants or program.variants
+        unknown = set(common) - set(program.variants)
+        if unknown:
+            raise ConfigError(f"variants has {sorted(unknown)}; the program has {', '.join(program.variants)}.")
+        served = {*common, *(program.mixed_variants.get(each, each) for each in common)}
+        self._keys = [key for key in every if key.variant in served and (key.has_chunks or key.variant in common)]
+        later = frozenset(every).difference(self._keys)
+        self._launcher = _GraphLauncher(program, self._pipeline, self._graphs, self._config, later)
 
     def warmup(self, progress: Progress | None = None) -> Manifest:
         pipeline, graphs = self._prepared()
-        keys = warmup_keys(self._program, pipeline)
+        keys = self._keys
+        runs, verified = self._keys_to_run(), self._keys_to_verify()
         captured: list[CapturedGraph] = []
         missing: dict[GraphKey, str] = {}
         with self._runtime.activated(), preserved_state(self._program, pipeline), frozen_garbage_collection():
-            for key in warmup_chunk_keys(self._program, pipeline):
-                run_once(self._program, pipeline, key)
             for index, key in enumerate(keys):
                 try:
-                    captured.append(self._capture(key, pipeline, graphs))
+                    captured.append(self._capture(key, pipeline, graphs, key in runs, key in verified))
                 except CaptureError as failure:
                     if not isinstance(failure.__cause__, torch.OutOfMemoryError):
                         raise
@@ -69,10 +79,10 @@ class CudaGraphBackend(ExecutionBackend):
                     _log.warning("No graph for the %s: out of memory. It will run eagerly.", key)
                 if progress is not None:
                     progress(index + 1, len(keys), key)
-            self._launcher.capture_uploads()
+            self._launcher.capture_upload()
         if missing and self._config.strict:
             raise CaptureError(f"strict=true, and there is no memory for the {next(iter(missing))}.")
-        if not self._config.lazy_capture:
+        if not self._launcher.may_capture:
             graphs.seal()
         return Manifest.of(self._runtime.device, captured, missing)
 
@@ -92,14 +102,64 @@ class CudaGraphBackend(ExecutionBackend):
         if self._pipeline is not None:
             self._pipeline.close()
 
+    def _report_gaps(self, program: StepProgram, ladders: Ladders) -> None:
+        """Warns of ladders that do not reach the largest step.
+
+        Raises:
+            ConfigError: strict=true, which refuses them.
+        """
+        config = self._config
+        reach = []
+        if config.decode != "off":
+            reach.append(("capture_sizes", ladders.slots, program.max_slots))
+        if config.prefill != "off" and takes_chunks(program):
+            reach.append(("prefill_sizes", ladders.rows, program.max_rows))
+            reach.append(("prefill_slots", ladders.chunk_slots, program.max_slots))
+        for name, table, needed in reach:
+            if table.sizes[-1] >= needed:
+                continue
+            gap = f"{name} ends at {table.sizes[-1]}: larger steps, up to {needed}, "
+            if config.strict and not config.lazy_capture:
+                raise ConfigError(
+                    gap + "have no graph, and strict=true refuses that. Add the size, or set strict=false."
+                )
+            _log.warning(gap + ("are captured on first use." if config.lazy_capture else "run eagerly."))
+
     def _prepared(self) -> tuple[Pipeline, GraphSet]:
         assert self._pipeline is not None, "prepare() comes first"
         assert self._graphs is not None
         return self._pipeline, self._graphs
 
-    def _capture(self, key: GraphKey, pipeline: Pipeline, graphs: GraphSet) -> CapturedGraph:
+    def _keys_to_run(self) -> set[GraphKey]:
+        """Which steps the warm-up runs once: on CUDA, before their capture, those that may launch kernels of their own.
+
+        What is launched follows from a phase's rows, and from its slots and variant. On the CPU the smallest ones are
+        enough for torch.compile.
+        """
+        if not self._is_cuda:
+            return set(smallest_keys(self._keys))
+        chosen: set[GraphKey] = set()
+        met: set[tuple[object, ...]] = set()
+        for key in self._keys:
+            launches = {(key.phase, key.rows), (key.phase, key.bucket, key.variant)}
+            if not launches <= met:
+                chosen.add(key)
+                met |= launches
+        return chosen
+
+    def _keys_to_verify(self) -> set[GraphKey]:
+        asked = self._config.verify
+        if asked is False or (asked is None and not self._is_cuda):
+            return set()
+        if asked:
+            return set(self._keys)
+        return {key for key in self._keys if not key.has_chunks} | set(typical_keys(self._keys))
+
+    def _capture(
+        self, key: GraphKey, pipeline: Pipeline, graphs: GraphSet, runs: bool, verifies: bool
+    ) -> CapturedGraph:
         try:
-            return self._capture_and_verify(key, pipeline, graphs)
+            return self._capture_and_verify(key, pipeline, graphs, runs, verifies)
         except BaseException as failure:
             graphs.discard(key)  # a graph that was not verified serves nobody
             if isinstance(failure, GraphexecError) or not isinstance(failure, Exception):
@@ -108,9 +168,12 @@ class CudaGraphBackend(ExecutionBackend):
                 f"Warming up or verifying the {key} failed: {type(failure).__name__}: {failure}"
             ) from failure
 
-    def _capture_and_verify(self, key: GraphKey, pipeline: Pipeline, graphs: GraphSet) -> CapturedGraph:
+    def _capture_and_verify(
+        self, key: GraphKey, pipeline: Pipeline, graphs: GraphSet, runs: bool, verifies: bool
+    ) -> CapturedGraph:
         started = time.perf_counter()
-        run_once(self._program, pipeline, key)  # compiles kernels and allocates workspaces outside of the capture
+        if runs:  # compiles kernels and allocates workspaces outside of the capture
+            run_once(self._program, pipeline, key)
         if graphs.empty:
             self._runtime.trim()  # the first capture makes the pool grow, and cannot use what torch merely caches
         used_before = self._runtime.used()
@@ -118,7 +181,7 @@ class CudaGraphBackend(ExecutionBackend):
         graph = graphs.capture(key, partial(self._program.step, key))  # which holds nothing of the pipeline
         captured = time.perf_counter()
         pool_bytes = self._runtime.used() - used_before
-        if self._verifies:
+        if verifies:
             self._verify(key, pipeline, graphs)
         info = graph.describe()
         return CapturedGraph(
@@ -129,7 +192,7 @@ class CudaGraphBackend(ExecutionBackend):
             warmup_s=warm - started,
             capture_s=captured - warm,
             fingerprint=info.fingerprint,
-            verified=self._verifies,
+            verified=verifies,
         )
 
     def _verify(self, key: GraphKey, pipeline: Pipeline, graphs: GraphSet) -> None:
@@ -165,52 +228,72 @@ class CudaGraphBackend(ExecutionBackend):
 
 
 class _GraphLauncher(EagerLauncher):
-    """Launches the graph of a key, or says why there is none and runs the step eagerly."""
+    """Launches the graph of a key, or says why there is none and runs the step eagerly.
 
-    def __init__(self, program: StepProgram, pipeline: Pipeline, graphs: GraphSet, config: BackendConfig) -> None:
+    `later` are the keys whose graphs the warm-up leaves to their first use.
+    """
+
+    def __init__(
+        self,
+        program: StepProgram,
+        pipeline: Pipeline,
+        graphs: GraphSet,
+        config: BackendConfig,
+        later: frozenset[GraphKey],
+    ) -> None:
         super().__init__(program, pipeline)
         self._graphs = graphs
-        self._upload_graphs: list[Graph] = []
+        self._apply_graph: Graph | None = None
         self._refused: set[GraphKey] = set()
         self._config = config
+        self._later = later
         self.replays = 0
 
-    def capture_uploads(self) -> None:
-        """One small graph for each staging slot: a copy and the apply kernel then cost a single launch."""
-        apply = self.uploads.apply
-        self.pipeline.compute.run(partial(apply, 0))  # an empty batch, which compiles what the capture needs
+    @property
+    def may_capture(self) -> bool:
+        """Whether there may be captures after the warm-up."""
+        return self._config.lazy_capture or bool(self._later)
+
+    def capture_upload(self) -> None:
+        """A graph of the apply kernel: its launch costs the host a third of the kernel's own."""
+        super().apply()  # an empty batch, which compiles what the capture needs
         self.pipeline.synchronize()
         try:
-            self._upload_graphs = [self._graphs.capture_unkeyed(partial(apply, slot)) for slot in range(RING_SLOTS)]
+            self._apply_graph = self._graphs.capture_unkeyed(self.uploads.apply)
         except torch.OutOfMemoryError:
-            _log.warning("No graphs for uploads: out of memory. Deltas will be applied eagerly.")
+            _log.warning("No graph for uploads: out of memory. Deltas will be applied eagerly.")
 
-    def upload(self, staging_slot: int) -> Callable[[], None]:
-        if not self._upload_graphs:
-            return super().upload(staging_slot)
-        return partial(self.pipeline.compute.launch, self._upload_graphs[staging_slot])
+    def apply(self) -> None:
+        if self._apply_graph is None:
+            super().apply()
+        else:
+            self.pipeline.compute.launch(self._apply_graph)
 
     def step(self, key: GraphKey) -> Callable[[], None]:
-        if key.phase == "idle":
-            return self._eagerly(key, "idle")
-        if key.phase == "mixed":
-            return self._eagerly(key, "prompt chunks")
         graph = self._graphs.get(key)
-        if graph is None and self._config.lazy_capture and key not in self._refused:
-            graph = self._capture_now(key)
         if graph is None:
-            if self._config.strict:
-                raise CaptureError(
-                    f"There is no graph for the {key}, and strict=true refuses to run it eagerly. "
-                    "Add its size to capture_sizes, or set strict=false."
-                )
-            return self._eagerly(key, "no graph")
+            by_design = self._eager_by_design(key)
+            if by_design is None and (self._config.lazy_capture or key in self._later) and key not in self._refused:
+                graph = self._capture_now(key)
+            if graph is None:
+                if by_design is None and self._config.strict:
+                    raise CaptureError(
+                        f"There is no graph for the {key}, and strict=true refuses to run it eagerly. Add its size to "
+                        f"{'prefill_sizes' if key.has_chunks else 'capture_sizes'}, or set strict=false."
+                    )
+                self.pipeline.controller.count_eager(by_design or "no graph")
+                return super().step(key)
         self.replays += 1
         return partial(self.pipeline.compute.launch, graph)
 
-    def _eagerly(self, key: GraphKey, reason: str) -> Callable[[], None]:
-        self.pipeline.controller.count_eager(reason)
-        return super().step(key)
+    def _eager_by_design(self, key: GraphKey) -> str | None:
+        """Why a step like this never has a graph, or None if it should have one."""
+        if key.phase == "idle":
+            return "idle"
+        if key.variant in self.program.chunk_variants:
+            return key.variant
+        setting = "prefill" if key.has_chunks else "decode"
+        return f"{setting} off" if getattr(self._config, setting) == "off" else None
 
     def _capture_now(self, key: GraphKey) -> Graph | None:
         """Captures in the middle of serving: requests hold their KV blocks, so there is nothing to exercise it with.

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from graphexec.backends.base import BackendStats, ExecutionBackend, Progress
 from graphexec.backends.stepping import (
     EagerLauncher,
+    keys_of,
     open_pipeline,
     preserved_state,
     run_once,
-    warmup_chunk_keys,
-    warmup_keys,
+    typical_keys,
 )
 from graphexec.capture.manifest import Manifest
 from graphexec.config import BackendConfig
@@ -39,10 +39,9 @@ class EagerBackend(ExecutionBackend):
     def warmup(self, progress: Progress | None = None) -> Manifest:
         assert self._pipeline is not None, "prepare() comes first"
         program, pipeline = self._program, self._pipeline
-        keys, variants = warmup_keys(program, pipeline), len(program.variants)
+        keys = keys_of(self._config, program, pipeline.ladders)
         with self._runtime.activated(), preserved_state(program, pipeline):
-            # Every variant of the largest and of the smallest size; what lies between compiles when it is first met.
-            for key in (*warmup_chunk_keys(program, pipeline), *keys[:variants], *keys[-variants:]):
+            for key in typical_keys(keys):  # what lies between compiles when it is first met
                 run_once(program, pipeline, key)
         return Manifest.of(self._runtime.device, [], {})
 

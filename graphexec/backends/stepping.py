@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 
-from graphexec.capture.buckets import BucketTable, default_ladder, row_ladder
+from graphexec.capture.buckets import BucketTable, Ladders, chunk_slot_ladder, default_ladder, row_ladder
 from graphexec.config import BackendConfig
 from graphexec.pipeline import Pipeline
 from graphexec.plan import GraphKey, StepProgram
 from graphexec.rings import StagingRing
-from graphexec.runtime import Runtime
+from graphexec.runtime import Runtime, Stream
 
 __all__ = [
     "EagerLauncher",
     "Uploads",
-    "bucket_sizes",
+    "keys_of",
+    "ladders_of",
     "open_pipeline",
     "preserved_state",
     "run_once",
-    "warmup_chunk_keys",
-    "warmup_keys",
+    "smallest_keys",
+    "takes_chunks",
+    "typical_keys",
 ]
-
-_log = logging.getLogger(__name__)
 
 _WARMUP_SEED = 20
 
 
-def bucket_sizes(config: BackendConfig, max_slots: int) -> BucketTable:
-    """The configured capture sizes, or the default ladder."""
-    sizes = default_ladder(max_slots) if config.capture_sizes is None else config.capture_sizes
-    table = BucketTable.of(sizes, max_slots)
-    if table.sizes[-1] < max_slots:
-        _log.warning("capture_sizes ends at %d: larger batches, up to %d, run eagerly.", table.sizes[-1], max_slots)
-    return table
+def ladders_of(config: BackendConfig, program: StepProgram) -> Ladders:
+    """The configured sizes, or the default ladders, for `program`.
+
+    Raises:
+        ConfigError: a size does not fit the program.
+    """
+    slots, rows = program.max_slots, program.max_rows
+
+    def table(
+        sizes: Sequence[int] | None, default: Callable[[int], tuple[int, ...]], limit: int, name: str
+    ) -> BucketTable:
+        return BucketTable.of(default(limit) if sizes is None else sizes, limit, name)
+
+    return Ladders(
+        table(config.capture_sizes, default_ladder, slots, "capture_sizes"),
+        table(config.prefill_sizes, row_ladder, rows, "prefill_sizes"),
+        table(config.prefill_slots, chunk_slot_ladder, slots, "prefill_slots"),
+    )
 
 
 def open_pipeline(config: BackendConfig, runtime: Runtime, program: StepProgram) -> Pipeline:
@@ -47,9 +57,7 @@ def open_pipeline(config: BackendConfig, runtime: Runtime, program: StepProgram)
     Raises:
         ConfigError: a size does not fit the program.
     """
-    sizes = row_ladder(program.max_rows) if config.prefill_sizes is None else config.prefill_sizes
-    rows = BucketTable.of(sizes, program.max_rows, "prefill_sizes")
-    return Pipeline(runtime, program, bucket_sizes(config, program.max_slots), rows, config.step_timeout_s)
+    return Pipeline(runtime, program, ladders_of(config, program), config.step_timeout_s)
 
 
 class Uploads:
@@ -62,11 +70,13 @@ class Uploads:
         self._program = program
         self._staging = staging
 
-    def apply(self, staging_slot: int) -> None:
-        """Runs on the compute stream."""
-        staging = self._staging
-        staging.device.copy_(staging.pinned(staging_slot), non_blocking=True)
-        self._program.apply(staging.device)
+    def copy(self, compute: Stream, staging_slot: int, words: int) -> None:
+        """Enqueues the upload of the first words of a staging slot."""
+        compute.copy(self._staging.device, self._staging.pinned(staging_slot), words)
+
+    def apply(self) -> None:
+        """Applies what was uploaded last. Runs on the compute stream."""
+        self._program.apply(self._staging.device)
 
 
 class EagerLauncher:
@@ -77,29 +87,60 @@ class EagerLauncher:
         self.pipeline = pipeline
         self.uploads = Uploads(program, pipeline.staging)
 
-    def upload(self, staging_slot: int) -> Callable[[], None]:
-        return partial(self.pipeline.compute.run, partial(self.uploads.apply, staging_slot))
+    def upload(self, staging_slot: int, words: int) -> Callable[[], None]:
+        def enqueue() -> None:
+            self.uploads.copy(self.pipeline.compute, staging_slot, words)
+            self.apply()
+
+        return enqueue
+
+    def apply(self) -> None:
+        """Enqueues the application of what was uploaded."""
+        self.pipeline.compute.run(self.uploads.apply)
 
     def step(self, key: GraphKey) -> Callable[[], None]:
         return partial(self.pipeline.compute.run, partial(self.program.step, key))
 
 
-def warmup_keys(program: StepProgram, pipeline: Pipeline) -> list[GraphKey]:
-    """Keys of the decode steps that a configuration can reach, the largest first so that the pool fits them all."""
+def keys_of(config: BackendConfig, program: StepProgram, ladders: Ladders) -> list[GraphKey]:
+    """Keys of all steps on the ladders, the largest first so that the pool fits them all: chunks, then decode."""
+    keys = []
+    if config.prefill != "off" and takes_chunks(program):
+        variants = dict.fromkeys(program.mixed_variants.get(each, each) for each in program.variants)
+        keys += [GraphKey(*shape, variant) for shape in ladders.chunk_shapes() for variant in variants]
+    if config.decode != "off":
+        keys += [
+            GraphKey("decode", size * program.rows_per_slot, size, variant)
+            for size in reversed(ladders.slots.sizes)
+            for variant in program.variants
+        ]
+    return keys
+
+
+def takes_chunks(program: StepProgram) -> bool:
+    """Whether steps of the program may hold prompt chunks."""
+    return program.max_rows > program.max_slots * program.rows_per_slot
+
+
+def typical_keys(keys: Sequence[GraphKey]) -> list[GraphKey]:
+    """Of each phase and variant the largest, the middle and the smallest: between them they compile what all need."""
     return [
-        GraphKey("decode", size * program.rows_per_slot, size, variant)
-        for size in reversed(pipeline.buckets.sizes)
-        for variant in program.variants
+        key
+        for group in _by_phase_and_variant(keys)
+        for key in dict.fromkeys((group[0], group[len(group) // 2], group[-1]))
     ]
 
 
-def warmup_chunk_keys(program: StepProgram, pipeline: Pipeline) -> list[GraphKey]:
-    """Keys of steps with prompt chunks, from the largest to the smallest, that between them compile what such need."""
-    if program.max_rows <= program.max_slots * program.rows_per_slot:
-        return []  # the program takes no chunks
-    sizes = pipeline.rows.sizes
-    chosen = sorted({sizes[-1], sizes[len(sizes) // 2], sizes[0]}, reverse=True)
-    return [GraphKey("mixed", size, min(pipeline.buckets.sizes[-1], size), program.variants[0]) for size in chosen]
+def smallest_keys(keys: Sequence[GraphKey]) -> list[GraphKey]:
+    """Of each phase and variant the two smallest, one of which may have a single row."""
+    return [key for group in _by_phase_and_variant(keys) for key in group[-2:]]
+
+
+def _by_phase_and_variant(keys: Sequence[GraphKey]) -> list[list[GraphKey]]:
+    groups: dict[tuple[str, str], list[GraphKey]] = {}
+    for key in keys:
+        groups.setdefault((key.phase, key.variant), []).append(key)
+    return list(groups.values())
 
 
 def run_once(program: StepProgram, pipeline: Pipeline, key: GraphKey) -> None:

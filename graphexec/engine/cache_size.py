@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
-from graphexec.backends import bucket_sizes, create_backend
+from graphexec.backends import create_backend, keys_of, ladders_of
+from graphexec.capture.manifest import Manifest
 from graphexec.config import BackendConfig
 from graphexec.deltas import Admission, SlotDeltas, as_words
 from graphexec.engine.program import DecoderProgram
 from graphexec.errors import ConfigError
-from graphexec.plan import StepPlan
+from graphexec.plan import GraphKey, StepPlan
 from graphexec.runtime import Runtime
 from graphexec.slots import SlotLimits
 
@@ -37,14 +39,19 @@ def measure_num_blocks(
 ) -> int:
     """How many KV blocks fit beside everything else; the model has a cache of `minimal_num_blocks` meanwhile.
 
-    Runs the largest mixed step, and captures the two largest buckets: the first captures make the shared pool grow,
-    the last ones show what each further graph costs.
+    Captures the graphs of the largest sizes, and runs the largest step with all its log-probabilities. The first
+    captures make the shared pool grow; the last ones show what each further graph costs.
 
     Raises:
         ConfigError: not even one sequence of full length fits.
     """
-    sizes = bucket_sizes(backend, limits.max_slots).sizes
-    trial = backend.model_copy(update={"capture_sizes": sizes[-2:], "verify": False, "strict": False})
+    ladders = ladders_of(backend, program)
+    largest = {
+        "capture_sizes": ladders.slots.sizes[-2:],
+        "prefill_sizes": ladders.rows.sizes[-2:],
+        "prefill_slots": ladders.chunk_slots.sizes[-1:],
+    }
+    trial = backend.model_copy(update={**largest, "verify": False, "strict": False})
     probe = create_backend(trial, runtime)
     with runtime.activated():
         try:
@@ -52,7 +59,6 @@ def measure_num_blocks(
             manifest = probe.warmup()
             if manifest.missing:
                 raise ConfigError(f"There is no memory to capture the {next(iter(manifest.missing))}. {_LESS}")
-            costs = [graph.pool_bytes for graph in manifest.graphs]
             torch.cuda.reset_peak_memory_stats(runtime.device)
             resident = torch.cuda.memory_allocated(runtime.device)
             probe.submit(_largest_step(limits, program.chunk_variants[-1])).result()
@@ -61,8 +67,7 @@ def measure_num_blocks(
             probe.close()
         runtime.trim()
         free, _ = runtime.memory()
-    variants = len(program.variants)
-    graphs = sum(costs) + max(costs[variants:], default=0) * variants * max(len(sizes) - 2, 0)
+    graphs = _cost_of_all(manifest, keys_of(backend, program, ladders))
     free += minimal_num_blocks(limits) * block_bytes  # the probe's cache goes
     blocks = int((free - activations - graphs) * fraction) // block_bytes
     _log.info(
@@ -79,6 +84,16 @@ def measure_num_blocks(
             + _LESS
         )
     return blocks
+
+
+def _cost_of_all(manifest: Manifest, keys: Sequence[GraphKey]) -> int:
+    """Bytes of the graphs of all keys, from what the largest ones cost, steps with prompt chunks by themselves."""
+    total = 0
+    for has_chunks in (True, False):
+        costs = [graph.pool_bytes for graph in manifest.graphs if graph.key.has_chunks is has_chunks]
+        more = sum(key.has_chunks is has_chunks for key in keys) - len(costs)
+        total += sum(costs) + max(costs[1:], default=0) * max(more, 0)
+    return total
 
 
 def _largest_step(limits: SlotLimits, variant: str) -> StepPlan:

@@ -18,7 +18,7 @@ from graphexec.models.architectures import head_dim
 __all__ = ["EXERCISED_BLOCKS", "PagedAttention", "swap_modules"]
 
 EXERCISED_BLOCKS = 512
-"""KV blocks, the reserved one included, that warm-up and verification use."""
+"""KV blocks, the reserved one included, that hold random numbers for warm-up and verification to attend to."""
 
 
 class RMSNorm(nn.Module):

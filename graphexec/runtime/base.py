@@ -39,8 +39,11 @@ class Stream(ABC):
         """Enqueues what `work` does on the device. `work` itself may run now (CUDA) or later (CPU)."""
 
     @abstractmethod
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Enqueues a copy between two contiguous tensors of equal size; host tensors must come from `pinned`."""
+    def copy(self, target: torch.Tensor, source: torch.Tensor, count: int | None = None) -> None:
+        """Enqueues a copy between two contiguous tensors of equal size; host tensors must come from `pinned`.
+
+        With `count`, only of so many elements, from the first: slicing two tensors would take longer than the call.
+        """
 
     @abstractmethod
     def record(self, event: Event) -> None:

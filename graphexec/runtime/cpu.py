@@ -92,8 +92,8 @@ class CpuStream(Stream):
         self.check()
         self._work.put((work, False))
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        self.run(lambda: _copy(target, source))
+    def copy(self, target: torch.Tensor, source: torch.Tensor, count: int | None = None) -> None:
+        self.run(lambda: _copy(target.view(-1)[:count], source.view(-1)[:count]))
 
     def record(self, event: Event) -> None:
         assert isinstance(event, CpuEvent)

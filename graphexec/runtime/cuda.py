@@ -66,8 +66,9 @@ class CudaStream(Stream):
         with torch.cuda.stream(self.torch_stream):
             work()
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        cudart.copy_async(target.data_ptr(), source.data_ptr(), source.nbytes, self.handle)
+    def copy(self, target: torch.Tensor, source: torch.Tensor, count: int | None = None) -> None:
+        nbytes = source.nbytes if count is None else count * source.itemsize
+        cudart.copy_async(target.data_ptr(), source.data_ptr(), nbytes, self.handle)
 
     def record(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)

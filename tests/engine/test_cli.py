@@ -70,16 +70,21 @@ def test_an_unknown_key_of_a_toml_file_names_the_nearest(tmp_path: Path) -> None
 def test_warmup_captures_the_ladder_and_writes_the_manifest(tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.json"
     config = tmp_path / "engine.toml"
-    config.write_text("max_num_seqs = 3\nmax_model_len = 64\n[backend]\ncapture_sizes = [1, 3]\nverify = true\n")
+    config.write_text(
+        "max_num_seqs = 3\nmax_model_len = 64\nmax_num_batched_tokens = 29\n"
+        "[backend]\ncapture_sizes = [1, 3]\nprefill_sizes = [32]\nverify = true\n"
+    )
     done = run("warmup", "--config", str(config), "--device", "cpu", "--manifest", str(manifest))
     assert done.returncode == 0, done.stderr
     written = json.loads(manifest.read_text())
-    assert [(graph["key"]["bucket"], graph["key"]["variant"]) for graph in written["graphs"]] == [
-        (bucket, variant) for bucket in (3, 1) for variant in ("greedy", "sampled", "shaped", "logprobs")
+    assert [tuple(graph["key"].values()) for graph in written["graphs"]] == [
+        ("prefill", 32, 3, "sampled"),
+        ("mixed", 32, 3, "sampled"),
+        *(("decode", bucket, bucket, variant) for bucket in (3, 1) for variant in ("greedy", "sampled")),
     ]
     assert all(graph["verified"] for graph in written["graphs"])
     assert written["missing"] == {}
-    assert "8 graphs on cpu" in done.stderr
+    assert "6 graphs on cpu" in done.stderr
 
 
 def test_capture_sizes_of_a_file_set_the_slots_of_generate(tmp_path: Path) -> None:

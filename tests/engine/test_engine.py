@@ -293,8 +293,7 @@ def test_a_failed_device_names_the_requests_and_stays_failed(engine: Engine, mon
     def explode(key: object) -> None:
         raise RuntimeError("device on fire")
 
-    monkeypatch.setattr(engine._program, "step", explode)
-    engine.add_request([6] * 20, GREEDY)  # a prompt chunk runs eagerly, through the broken step
+    monkeypatch.setattr(engine._program, "_forward", explode)
     last = finish(engine)
     assert last[request_id].finish_reason == "error"
     with pytest.raises(DeviceError, match=f"device on fire.*running or waiting: {request_id}"):

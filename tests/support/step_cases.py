@@ -6,6 +6,7 @@ are held to it, over poisoned outputs, so that a write out of place or left out 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -211,14 +212,19 @@ def step_cases(draw: st.DrawFn) -> StepCase:
 
 def check_prepare(case: StepCase, device: str) -> None:
     """The kernel on `device` and the reference both give the expected rows, and write nothing else."""
-    expected = _expected_rows(case)
     for run, where in ((prepare_triton, device), (prepare_reference, "cpu")):
-        slots, step = case.slot_tensors(where), poisoned_step(case.limits, where)
-        before = [tensor.clone() for tensor in slots.all()]
-        run(slots, step, case.rows, case.bucket, case.limits.block_size)
-        assert all(map(torch.equal, before, slots.all())), f"{run.__name__} changed the slots"
-        for name, values in expected.items():
-            assert getattr(step, name).tolist() == values, f"{run.__name__}: {name}"
+        for shortest_chunk in (1, 2):
+            _check_prepare(run, where, case, shortest_chunk)
+
+
+def _check_prepare(run: Callable[..., None], where: str, case: StepCase, shortest_chunk: int) -> None:
+    expected = _expected_rows(case, shortest_chunk)
+    slots, step = case.slot_tensors(where), poisoned_step(case.limits, where)
+    before = [tensor.clone() for tensor in slots.all()]
+    run(slots, step, case.rows, case.bucket, case.limits.block_size, shortest_chunk)
+    assert all(map(torch.equal, before, slots.all())), f"{run.__name__} changed the slots"
+    for name, values in expected.items():
+        assert getattr(step, name).tolist() == values, f"{run.__name__}: {name}"
 
 
 def poisoned_step(limits: SlotLimits, device: str) -> StepTensors:
@@ -228,14 +234,14 @@ def poisoned_step(limits: SlotLimits, device: str) -> StepTensors:
     return step
 
 
-def _expected_rows(case: StepCase) -> dict[str, list[int]]:
+def _expected_rows(case: StepCase, shortest_chunk: int) -> dict[str, list[int]]:
     limits, slots = case.limits, case.slot_tensors()
     size = limits.block_size
     rows: list[tuple[int, int, int, int]] = []
     last_row: dict[int, int] = {}
     starts: list[int] = []
-    singles = [index for index in case.active if case.slots[index].query_len == 1]
-    chunks = [index for index in case.active if case.slots[index].query_len > 1]
+    singles = [index for index in case.active if case.slots[index].query_len < shortest_chunk]
+    chunks = [index for index in case.active if case.slots[index].query_len >= shortest_chunk]
     for index in [*singles, *chunks]:
         slot = case.slots[index]
         if index in chunks:

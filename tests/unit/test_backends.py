@@ -59,16 +59,28 @@ class Bench:
 
 
 Make = Callable[..., Bench]
+BOTH = ("plain", "doubled")
+
+
+def merge(program: InstantProgram) -> None:
+    program.mixed_variants = {"plain": "doubled"}
 
 
 @pytest.fixture
 def make() -> Iterator[Make]:
     benches: list[Bench] = []
 
-    def make(name: str = "cudagraph", runtime: WatchedRuntime | None = None, **settings: object) -> Bench:
+    def make(
+        name: str = "cudagraph",
+        runtime: WatchedRuntime | None = None,
+        before: Callable[[InstantProgram], None] = lambda program: None,
+        **settings: object,
+    ) -> Bench:
         runtime = runtime or WatchedRuntime()
         program = InstantProgram(small_limits(), runtime)
-        backend = create_backend(BackendConfig(**({"name": name, "verify": True} | settings)), runtime)
+        before(program)
+        given = {"name": name, "verify": True, "prefill": "off"} | settings
+        backend = create_backend(BackendConfig(**given), runtime)
         backend.prepare(program)
         benches.append(Bench(backend, program, runtime))
         return benches[-1]
@@ -166,7 +178,7 @@ def test_out_of_memory_keeps_what_fits_and_reports_what_is_missing(make: Make) -
     bench.admit({2: 30})
     assert tokens_of(bench.run()) == {0: 14, 1: 24, 2: 32}
     assert bench.stats.replays == 1
-    assert bench.eager_steps == {"prompt chunks": 2, "no graph": 1}
+    assert bench.eager_steps == {"prefill off": 2, "no graph": 1}
 
 
 @pytest.mark.parametrize("fails_at", [1, 2], ids=["in the step before the capture", "in the verification"])
@@ -187,7 +199,7 @@ def test_out_of_memory_beside_a_capture_leaves_that_graph_out_too(make: Make, fa
     bench.program.on_step = lambda key: None
     bench.admit({0: 10, 1: 20, 2: 30})
     assert tokens_of(bench.run()) == {0: 12, 1: 22, 2: 32}
-    assert bench.eager_steps == {"prompt chunks": 1, "no graph": 1}
+    assert bench.eager_steps == {"prefill off": 1, "no graph": 1}
 
 
 def test_a_capture_size_above_the_slots_is_refused(make: Make) -> None:
@@ -323,7 +335,7 @@ def test_an_unfinished_prompt_yields_no_token_until_its_last_chunk(make: Make) -
     rest = SlotDeltas(bench.program.limits)
     rest.arm(0, 2, as_words([60]))
     assert tokens_of(bench.run(StepPlan("plain", rest))) == {0: 61}
-    assert bench.eager_steps == {"prompt chunks": 1}, "a chunk of one token is a row like any other, and has a graph"
+    assert bench.eager_steps == {"prefill off": 1}, "a chunk of one token is a row like any other, and has a graph"
 
 
 def test_a_parked_slot_resumes_with_nothing_lost(make: Make) -> None:
@@ -346,7 +358,7 @@ def test_after_the_warm_up_nothing_is_captured_any_more(make: Make) -> None:
     for _ in range(3):
         bench.run()
     assert bench.program.captured == captured
-    assert bench.eager_steps == {"prompt chunks": 1, "no graph": 3}
+    assert bench.eager_steps == {"prefill off": 1, "no graph": 3}
 
 
 def test_every_eager_fallback_is_counted_with_its_reason(make: Make) -> None:
@@ -357,7 +369,7 @@ def test_every_eager_fallback_is_counted_with_its_reason(make: Make) -> None:
     bench.run()
     bench.admit({1: 20})
     bench.run()
-    assert bench.eager_steps == {"idle": 1, "prompt chunks": 2, "no graph": 1}
+    assert bench.eager_steps == {"idle": 1, "prefill off": 2, "no graph": 1}
     assert bench.stats.replays == 1
 
 
@@ -372,9 +384,11 @@ def test_the_eager_backend_says_so(make: Make) -> None:
 
 
 def test_strict_refuses_a_step_without_a_graph_and_goes_on(make: Make) -> None:
-    bench = make(capture_sizes=(2,), strict=True)
+    bench = make(capture_sizes=(2, 4), strict=True, lazy_capture=True)
     bench.backend.warmup()
-    bench.run()  # idle steps and prompt chunks have no graph by design
+    bench.run()  # idle steps have no graph by design, and those of a phase that is off
+    bench.backend._graphs.discard(GraphKey("decode", 4, 4, "plain"))
+    bench.program.on_capture = refuse(4, RuntimeError("not permitted"))
     bench.admit({0: 10, 1: 20})
     bench.admit({2: 30})
     with pytest.raises(CaptureError, match="bucket 4.*strict=true.*capture_sizes"):
@@ -384,6 +398,90 @@ def test_strict_refuses_a_step_without_a_graph_and_goes_on(make: Make) -> None:
     with pytest.raises(CaptureError):  # the host cannot know yet that the release makes room
         bench.run(StepPlan("plain", release))
     assert "no graph" not in bench.eager_steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"capture_sizes": (2,)}, "capture_sizes ends at 2.*up to 4"),
+        ({"prefill_sizes": (32,)}, "prefill_sizes ends at 32.*up to 64"),
+        ({"prefill_slots": (2,)}, "prefill_slots ends at 2.*up to 4"),
+    ],
+)
+def test_strict_refuses_a_ladder_that_leaves_a_step_out(
+    make: Make, settings: dict[str, object], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match=f"{message}.*strict=true"):
+        make(strict=True, prefill="full", **settings)
+    make(strict=True, prefill="full", lazy_capture=True, **settings)
+    make(prefill="full", **settings)
+    assert "captured on first use" in caplog.messages[0]
+    assert "run eagerly" in caplog.messages[1]
+
+
+def test_a_phase_that_is_off_has_no_gaps_and_no_graphs(make: Make) -> None:
+    bench = make(decode="off", prefill="off", capture_sizes=(2,), strict=True)
+    assert bench.backend.warmup().graphs == ()
+    bench.admit({0: 10})
+    bench.run()
+    assert bench.eager_steps == {"prefill off": 1, "decode off": 1}
+
+
+# -- steps with prompt chunks
+
+
+def test_steps_with_prompt_chunks_are_captured_before_the_others(make: Make) -> None:
+    bench = make(capture_sizes=(4,), prefill="full", prefill_sizes=(2, 32, 64), prefill_slots=(1, 4))
+    manifest = bench.backend.warmup()
+    shapes = [
+        *(("mixed", rows, slots) for rows in (64, 32) for slots in (4, 1)),
+        *(("mixed", 2, 2), ("mixed", 2, 1)),  # never more slots than rows
+        *(("prefill", rows, 1) for rows in (64, 32, 2)),
+    ]
+    shapes.sort(key=lambda shape: (-shape[1], -shape[2], shape[0] == "mixed"))
+    keys = [GraphKey(*shape, variant) for shape in [*shapes, ("decode", 4, 4)] for variant in BOTH]
+    assert [graph.key for graph in manifest.graphs] == keys
+    bench.admit({0: 10, 1: 20})
+    bench.run()
+    assert bench.eager_steps == {}
+    assert bench.stats.replays == 2
+
+
+def test_a_variant_that_serves_another_in_steps_with_prompt_chunks_saves_its_graphs(make: Make) -> None:
+    bench = make(prefill="full", runtime=InlineRuntime(), before=merge)
+    manifest = bench.backend.warmup()
+    assert {graph.key.variant for graph in manifest.graphs if graph.key.phase == "mixed"} == {"doubled"}
+    assert {graph.key.variant for graph in manifest.graphs if graph.key.phase == "decode"} == set(BOTH)
+    bench.admit({0: 10})
+    assert bench.eager_steps == {}
+
+
+def test_variants_that_are_not_wanted_at_the_start_are_captured_on_first_use(make: Make) -> None:
+    bench = make(capture_sizes=(4,), prefill="full", variants=("plain",), strict=True)
+    manifest = bench.backend.warmup()
+    assert {graph.key.variant for graph in manifest.graphs} == {"plain"}
+    warm = len(bench.program.captured)
+    bench.admit({0: 10})
+    for _ in range(2):
+        bench.run(StepPlan("doubled"))
+    bench.run()
+    assert bench.program.captured[warm:] == [GraphKey("decode", 4, 4, "doubled")]
+    assert bench.eager_steps == {}
+
+
+def test_a_variant_at_the_start_that_nobody_knows_is_refused(make: Make) -> None:
+    with pytest.raises(ConfigError, match=r"variants has \['tripled'\]; the program has plain, doubled"):
+        make(variants=("tripled",))
+
+
+def test_on_the_cpu_a_warm_up_runs_few_steps(make: Make) -> None:
+    """A graph there is the call itself; steps of every size would only take time."""
+    bench = make(prefill="full", verify=False)
+    ran: list[GraphKey] = []
+    bench.program.on_step = ran.append
+    manifest = bench.backend.warmup()
+    assert len(ran) <= 2 * 2 * 3 < len(manifest.graphs)
+    assert max(key.rows for key in ran) <= 32
 
 
 def test_lazy_capture_captures_a_missing_graph_once_and_disturbs_no_slot(make: Make) -> None:
@@ -414,7 +512,7 @@ def test_a_lazy_capture_that_was_refused_is_not_tried_again(make: Make) -> None:
     bench.admit({0: 10, 1: 20, 2: 30})
     assert [tokens_of(bench.run()) for _ in range(3)] == [{0: 11 + n, 1: 21 + n, 2: 31 + n} for n in (1, 2, 3)]
     assert tried == [GraphKey("decode", 4, 4, "plain")]
-    assert bench.eager_steps == {"prompt chunks": 1, "no graph": 3}
+    assert bench.eager_steps == {"prefill off": 1, "no graph": 3}
 
 
 def test_padding_and_waiting_are_counted(make: Make) -> None:
@@ -428,11 +526,16 @@ def test_padding_and_waiting_are_counted(make: Make) -> None:
     assert bench.backend.wait_us > 0
 
 
-def test_deltas_are_uploaded_by_graphs_of_their_own_staging_slots(make: Make) -> None:
-    bench = make()
+@pytest.mark.parametrize("name", ["eager", "cudagraph"])
+def test_of_a_delta_the_words_are_uploaded_that_it_uses(make: Make, name: str) -> None:
+    bench = make(name)
     bench.backend.warmup()
+    staging = bench.backend._pipeline.staging.device
+    staging.fill_(-7)
     for number in range(2 * RING_SLOTS):
         assert tokens_of(bench.admit({number % 4: 10 * number}))[number % 4] == 10 * number + 1
+    used = int((staging != -7).nonzero().max()) + 1
+    assert 0 < used < bench.program.limits.entry_words + 32 < len(staging)
 
 
 # -- closing
@@ -443,7 +546,7 @@ def test_closing_frees_graphs_only_once(make: Make) -> None:
     manifest = bench.backend.warmup()
     bench.admit({0: 10})
     bench.backend.close()
-    graphs = len(manifest.graphs) + RING_SLOTS
+    graphs = len(manifest.graphs) + 1  # and that of the apply kernel
     assert bench.runtime.freed == ["graph"] * graphs + ["event"] * (3 * RING_SLOTS) + ["stream"] * 2
     bench.backend.close()
     assert len(bench.runtime.freed) == 3 * RING_SLOTS + 2 + graphs
@@ -482,7 +585,7 @@ def test_f7_a_backend_that_is_dropped_frees_its_graphs_once_the_device_has_done_
     program = InstantProgram(small_limits(), runtime)
     backend = create_backend(BackendConfig(), runtime)
     backend.prepare(program)
-    backend.warmup()
+    manifest = backend.warmup()
     gate = Gate()
     runtime.streams["copy"].run(gate)
     handle = backend.submit(admission_plan(program.limits, {0: 10}))
@@ -498,7 +601,7 @@ def test_f7_a_backend_that_is_dropped_frees_its_graphs_once_the_device_has_done_
     gc.collect()
     assert freed_early == []
     assert runtime.freed.count("stream") == 2
-    assert runtime.freed.count("graph") == 3 * 2 + RING_SLOTS
+    assert runtime.freed.count("graph") == len(manifest.graphs) + 1
     assert graphs() is None
 
 

@@ -40,7 +40,7 @@ def test_an_unknown_setting_names_the_nearest_valid_one(values: dict[str, object
         ({"overlap_depth": 5}, "overlap_depth=5"),
         ({"overlap_depth": -1}, "overlap_depth=-1"),
         ({"backend": {"step_timeout_s": 0}}, "step_timeout_s=0"),
-        ({"backend": {"capture_sizes": []}}, "at least one size"),
+        ({"backend": {"capture_sizes": []}}, "at least one"),
         ({"backend": {"capture_sizes": [2, 2]}}, "none twice"),
         ({"backend": {"prefill_sizes": [0]}}, "prefill_sizes.0=0"),
         ({"backend": {"name": "cudagraf"}}, "no such backend.*Did you mean 'cudagraph'"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from graphexec.capture.buckets import BucketTable
+from graphexec.capture.buckets import BucketTable, Ladders
 from graphexec.deltas import SlotDeltas
 from graphexec.engine.generation import Generation
 from graphexec.engine.params import SamplingParams
@@ -293,7 +293,7 @@ def test_a_late_stop_delivers_no_extra_token(rig: Rig) -> None:
 
 def test_all_slots_run_at_once(rig: Rig) -> None:
     handle = rig.admit({0: 10, 1: 20, 2: 30, 3: 40})
-    assert handle.key == GraphKey("mixed", 16, 4, "plain")
+    assert handle.key == GraphKey("prefill", 16, 4, "plain")
     assert handle.result().real_bsz == 4
     again = rig.submit()
     assert again.key == GraphKey("decode", 4, 4, "plain")
@@ -332,7 +332,7 @@ def test_a_record_with_another_step_number_is_refused(rig: Rig) -> None:
 
 
 def test_a_delta_that_did_not_reach_the_device_is_noticed(rig: Rig) -> None:
-    rig.launcher.upload = lambda slot: lambda: None
+    rig.launcher.upload = lambda slot, words: lambda: None
     handle = rig.admit({0: 10})
     with pytest.raises(DeviceError, match="expected delta 0"):
         handle.result()
@@ -550,7 +550,9 @@ def test_streams_that_do_not_drain_are_an_error(hasty: Rig) -> None:
         (1, (0, 0), GraphKey("decode", 1, 1, "plain")),
         (3, (0, 0), GraphKey("decode", 4, 4, "plain")),
         (5, (0, 0), GraphKey("decode", 6, 6, "plain")),  # off the ladder: all slots
-        (1, (1, 16), GraphKey("mixed", 16, 1, "plain")),
+        (1, (1, 16), GraphKey("prefill", 16, 1, "plain")),
+        (2, (2, 16), GraphKey("mixed", 16, 2, "plain")),  # chunks alone, but more than the smallest size
+        (2, (1, 16), GraphKey("mixed", 32, 2, "plain")),
         (3, (2, 2), GraphKey("decode", 4, 4, "plain")),  # chunks of one token are rows like any other
         (3, (1, 15), GraphKey("mixed", 32, 4, "plain")),  # 15 rows of the chunk, and 2 that decode
         (6, (2, 40), GraphKey("mixed", 44, 6, "plain")),  # off the ladder: as many rows as needed
@@ -558,8 +560,8 @@ def test_streams_that_do_not_drain_are_an_error(hasty: Rig) -> None:
 )
 def test_a_step_is_shaped_by_its_bound_and_its_chunks(bound: int, chunks: tuple[int, int], expected: GraphKey) -> None:
     rig = Rig(max_slots=6)
-    rig.pipeline.buckets = BucketTable((1, 2, 4))
-    rig.pipeline.rows = BucketTable((16, 32))
+    sizes = BucketTable((1, 2, 4))
+    rig.pipeline.ladders = Ladders(slots=sizes, rows=BucketTable((16, 32)), chunk_slots=sizes)
     assert rig.pipeline.shape(StepPlan("plain", _Chunks(*chunks)), bound) == expected
     rig.close()
 
@@ -568,7 +570,7 @@ def test_a_variant_of_chunks_alone_never_asks_for_a_captured_decode_step(rig: Ri
     """A chunk of one token is a row like any other, but no graph serves it in such a variant."""
     rig.program.variants, rig.program.chunk_variants = ("plain",), ("doubled",)
     assert rig.pipeline.shape(StepPlan("plain", _Chunks(1, 1)), 1).phase == "decode"
-    assert rig.pipeline.shape(StepPlan("doubled", _Chunks(1, 1)), 1).phase == "mixed"
+    assert rig.pipeline.shape(StepPlan("doubled", _Chunks(1, 1)), 1).phase == "prefill"
     with pytest.raises(ConfigError, match="no variant 'doubled'"):
         rig.submit(StepPlan("doubled"))
     rig.close()
@@ -585,10 +587,10 @@ class _Refusing:
     rig: Rig
     fails_in: str = "step"
 
-    def upload(self, staging_slot: int) -> object:
+    def upload(self, staging_slot: int, words: int) -> object:
         if self.fails_in == "upload":
             raise _RefusalError
-        return self.rig.launcher.upload(staging_slot)
+        return self.rig.launcher.upload(staging_slot, words)
 
     def step(self, key: GraphKey) -> object:
         raise _RefusalError
@@ -602,8 +604,8 @@ class _BreakingHalfway:
     fails_in: str
     error: type[BaseException]
 
-    def upload(self, staging_slot: int) -> object:
-        return self._fail if self.fails_in == "upload" else self.rig.launcher.upload(staging_slot)
+    def upload(self, staging_slot: int, words: int) -> object:
+        return self._fail if self.fails_in == "upload" else self.rig.launcher.upload(staging_slot, words)
 
     def step(self, key: GraphKey) -> object:
         return self._fail if self.fails_in == "step" else self.rig.launcher.step(key)
