@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,16 +17,26 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from bench.launches import Launch, Record, describe, launches_to_rotate, measure
 from bench.provenance import provenance, write_results
-from graphexec.kernels.paged_decode import DecodeTile, choose_decode_tile, choose_splits, paged_decode_triton
+from graphexec.kernels.paged_decode import (
+    PROGRAMS_PER_SM,
+    DecodeSplits,
+    DecodeTile,
+    DecodeWorkspace,
+    choose_decode_splits,
+    choose_decode_tile,
+    paged_decode_triton,
+    split_starts,
+)
 from graphexec.kernels.paged_prefill import PrefillTile, choose_prefill_tile, paged_prefill_triton
 
 BLOCK_SIZE = 16
 HEADS = ((16, 8, 128), (32, 8, 128))  # H, KH, D
-BATCHES = (1, 64, 256)
+BATCHES = (1, 16, 64, 256)
 CONTEXTS = (300, 1000, 8000)
 CHUNKS = (512, 2048)
 DECODE_TILES = tuple(
@@ -40,17 +51,25 @@ DTYPE = torch.bfloat16
 
 
 class Load(NamedTuple):
-    """One decode workload: every row has the same context."""
+    """One decode workload: every row has the same context, or they are log-normal around it (`varied`)."""
 
     batch: int
     context: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    varied: bool = False
+
+    @property
+    def contexts(self) -> list[int]:
+        if not self.varied:
+            return [self.context] * self.batch
+        drawn = np.random.default_rng(0).lognormal(math.log(self.context), 0.9, self.batch)
+        return [int(each) for each in np.clip(drawn, 16, 8 * self.context)]
 
     @property
     def kv_bytes(self) -> int:
-        return 2 * self.batch * self.context * self.num_kv_heads * self.head_dim * DTYPE.itemsize
+        return 2 * sum(self.contexts) * self.num_kv_heads * self.head_dim * DTYPE.itemsize
 
 
 def make_caches(count: int, blocks: int, num_kv_heads: int, head_dim: int, device: str) -> list[torch.Tensor]:
@@ -66,45 +85,54 @@ def scattered_tables(rows: int, tokens: int, device: str) -> torch.Tensor:
     return (1 + torch.randperm(rows * blocks, device=device)).view(rows, blocks).to(torch.int32)
 
 
-def sweep_decode(load: Load, num_sms: int, bandwidth: float, device: str) -> Iterator[Record]:
-    """All splits with the tile of choice, then all tiles with the splits of choice (and without splits)."""
-    batch, context, num_heads, num_kv_heads, head_dim = load
+def sweep_decode(load: Load, bandwidth: float, device: str) -> Iterator[Record]:
+    """Shorter and longer splits, fewer and more programs, and all tiles, each with the choice for the others."""
+    batch, context, num_heads, num_kv_heads, head_dim, _ = load
     launches = launches_to_rotate(load.kv_bytes)
-    blocks = batch * -(-context // BLOCK_SIZE)
+    longest = max(load.contexts)
+    blocks = batch * -(-longest // BLOCK_SIZE)
     k_caches, v_caches = (make_caches(launches, blocks, num_kv_heads, head_dim, device) for _ in range(2))
-    tables = scattered_tables(batch, context, device)
+    tables = scattered_tables(batch, longest, device)
     query = torch.randn(batch, num_heads, head_dim, device=device).to(DTYPE)
-    row_slot = torch.arange(batch, dtype=torch.int32, device=device)
-    positions = torch.full((batch,), context - 1, dtype=torch.int32, device=device)
-
-    chosen_tile = choose_decode_tile(head_dim, num_heads // num_kv_heads, DTYPE.itemsize)
-    chosen_splits = choose_splits(batch, num_kv_heads, num_sms)
-    useful = [splits for splits in (1, 2, 4, 8, 16, 32, 64, 128) if splits < 2 * context / chosen_tile.block_n]
-    pairs = [(chosen_splits, chosen_tile)]
-    pairs += [(splits, chosen_tile) for splits in useful if batch * num_kv_heads * splits <= 32 * num_sms]
-    pairs += [(chosen_splits, tile) for tile in DECODE_TILES]
-    pairs += [(1, tile) for tile in DECODE_TILES if batch >= 64]
+    group = num_heads // num_kv_heads
+    chosen_tile = choose_decode_tile(head_dim, group, DTYPE.itemsize)
+    chosen = choose_decode_splits(batch, num_kv_heads, chosen_tile.block_n)
+    sizes = dict.fromkeys((chosen.size, 1, 2, 4, 8, 16, 32))
+    plans = [(chosen_tile, chosen._replace(size=size), PROGRAMS_PER_SM) for size in sizes]
+    plans += [(chosen_tile, chosen, programs) for programs in (2, 4, 12)]
+    plans += [(tile, chosen._replace(tile=tile.block_n), PROGRAMS_PER_SM) for tile in DECODE_TILES]
     bytes_us = load.kv_bytes / bandwidth * 1e6
-    for num_splits, tile in dict.fromkeys(pairs):
-
-        def launch_on(
-            k: torch.Tensor, v: torch.Tensor, num_splits: int = num_splits, tile: DecodeTile = tile
-        ) -> Launch:
-            return lambda: paged_decode_triton(
-                query, k, v, tables, row_slot, positions, head_dim**-0.5, num_splits, tile
-            )
-
+    for tile, splits, programs_per_sm in dict.fromkeys(plans):
+        launch_on = partial(_decode_launch, load, tables, query, splits, tile, programs_per_sm)
         record: Record = {
             **load._asdict(),
-            "num_splits": num_splits,
+            "num_splits": int(splits.of(torch.tensor(context))),
+            "size": splits.size,
+            "programs_per_sm": programs_per_sm,
             "tile": tile._asdict(),
-            "chosen": (num_splits, tile) == (chosen_splits, chosen_tile),
+            "chosen": (tile, splits, programs_per_sm) == (chosen_tile, chosen, PROGRAMS_PER_SM),
             "bytes_us": bytes_us,
         }
         record = measure(record, [launch_on(k, v) for k, v in zip(k_caches, v_caches, strict=True)])
         if isinstance(elapsed := record.get("microseconds"), float):
             record["over_bytes"] = elapsed / bytes_us
         yield record
+
+
+def _decode_launch(
+    load: Load, tables: torch.Tensor, query: torch.Tensor, splits: DecodeSplits, tile: DecodeTile,
+    programs_per_sm: int, k_cache: torch.Tensor, v_cache: torch.Tensor,
+) -> Launch:  # fmt: skip
+    device = query.device
+    row_slot = torch.arange(load.batch, dtype=torch.int32, device=device)
+    positions = torch.tensor(load.contexts, dtype=torch.int32, device=device) - 1
+    start = split_starts(row_slot, positions, splits)
+    heads = load.num_heads, load.num_kv_heads, load.head_dim
+    workspace = DecodeWorkspace.allocate(load.batch, int(start[-1]), *heads, device)
+    where = tables, row_slot, positions, start, load.head_dim**-0.5
+    return lambda: paged_decode_triton(
+        query, k_cache, v_cache, *where, splits, workspace, tile, programs_per_sm=programs_per_sm
+    )
 
 
 def sweep_prefill(sequences: int, chunk: int, heads: tuple[int, int, int], device: str) -> Iterator[Record]:
@@ -189,13 +217,14 @@ def run(command: list[str], path: Path | None, bandwidth: float, minutes: float,
             if path is not None:
                 write_results(path, results)
 
-    num_sms = properties.multi_processor_count
     workloads: list[tuple[list[Record], Callable[[], Iterator[Record]]]] = []
     for heads in HEADS:
         for sequences, chunk in itertools.product((1, 4), CHUNKS):
             workloads.append((prefill, partial(sweep_prefill, sequences, chunk, heads, device)))
         for batch, context in itertools.product(BATCHES, CONTEXTS):
-            workloads.append((decode, partial(sweep_decode, Load(batch, context, *heads), num_sms, bandwidth, device)))
+            for varied in (False, True) if context <= 1000 and batch > 1 else (False,):
+                load = Load(batch, context, *heads, varied)
+                workloads.append((decode, partial(sweep_decode, load, bandwidth, device)))
     for done, (kept, sweep) in enumerate(workloads):
         if time.perf_counter() > deadline:
             print(f"Stopped after {minutes} minutes; {len(workloads) - done} workloads left out.")

@@ -125,17 +125,20 @@ class _Run:
 
     @contextmanager
     def _engine(self, name: str, batch: int, depth: int) -> Iterator[Engine]:
-        """An engine over the loaded model with one decode bucket and one prefill bucket, which all steps share."""
+        """An engine over the loaded model with one decode bucket; prompts run eagerly, padded alike."""
         backend = BackendConfig(
             name=name,
             capture_sizes=(batch,),
             prefill_sizes=(self._parts.limits.max_rows,),
+            prefill="off",
             verify=False,
-            strict=True,
         )
         config = self._config.model_copy(update={"overlap_depth": depth, "backend": backend})
         with _engine_over(self._parts, config) as engine:
             yield engine
+            missed = engine.stats().eager_steps.get("no graph", 0)
+            if missed:
+                raise RuntimeError(f"{missed} steps had no graph in a measurement of graphs.")
 
     def _decode(self, batch: int, prompt: int, depth: int) -> None:
         plan = self._plan
@@ -230,10 +233,10 @@ class _Run:
         """Warms a backend up for the whole ladder, and throws it away."""
         if self._is_cuda:
             torch.cuda.empty_cache()
-        runtime = create_runtime(self._parts.resolved.device)
-        backend = create_backend(BackendConfig(verify=verify), runtime)
+        runtime, program = create_runtime(self._parts.resolved.device), self._parts.program
+        backend = create_backend(BackendConfig(verify=verify, prefill="off", variants=program.variants), runtime)
         try:
-            backend.prepare(self._parts.program)
+            backend.prepare(program)
             used = runtime.used()
             started = time.perf_counter()
             manifest = backend.warmup()

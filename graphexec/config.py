@@ -112,6 +112,10 @@ class EngineConfig(_Config):
         max_num_seqs: slots, i.e. requests that run at the same time.
         max_model_len: longest prompt plus output, tokens; None for what the model allows, at most 4096.
         max_num_batched_tokens: most rows of a step with prompt chunks; None for max(2048, max_num_seqs).
+        max_chunk_tokens: most prompt tokens in a step that also decodes; None for no limit beside the former. With
+            fewer the time between tokens is steadier, and first tokens come later.
+        long_prompt_share: of a step's prompt tokens, how large a share one prompt may take, 0 to 1. Below 1, short
+            prompts get past a long one.
         kv_block_size: tokens of a KV block, a power of two from 8 to 256.
         num_kv_blocks: KV blocks beside the reserved one; None to size the cache by the free memory.
         kv_memory_fraction: share of the free device memory that a cache sized by itself may take.
@@ -134,6 +138,8 @@ class EngineConfig(_Config):
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 256
     max_model_len: PositiveInt | None = None
     max_num_batched_tokens: PositiveInt | None = None
+    max_chunk_tokens: PositiveInt | None = None
+    long_prompt_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     kv_block_size: Annotated[int, Field(ge=8, le=256)] = 16
     num_kv_blocks: PositiveInt | None = None
     kv_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9

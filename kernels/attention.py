@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphexec.kernels.paged_decode import paged_decode
+from graphexec.kernels.paged_decode import DecodeSplits, DecodeWorkspace, paged_decode
 from graphexec.kernels.paged_prefill import paged_prefill
 from graphexec.kernels.rope_write import rope_write
 from graphexec.kernels.state import SlotTensors, StepTensors
@@ -30,16 +30,18 @@ class AttentionRows:
         step: the rows, from `prepare`.
         rows: T, launched rows.
         bucket: B, launched slots; without chunks as many rows.
-        num_splits: parts into which the context of a row in front of the chunks is split; 0 if there are none such.
         has_chunks: whether there may be prompt chunks.
+        splits: how contexts of the rows in front of the chunks are shared out; None if there are no such rows.
+        workspace: where those splits meet; None on the CPU.
     """
 
     slots: SlotTensors
     step: StepTensors
     rows: int
     bucket: int
-    num_splits: int
     has_chunks: bool
+    splits: DecodeSplits | None
+    workspace: DecodeWorkspace | None
 
 
 _rows: ContextVar[AttentionRows] = ContextVar("graphexec_attention_rows")
@@ -86,11 +88,16 @@ def paged_attention(
     kv_slots = step.kv_slots[: rows.rows]
     query = rope_write(qkv, cos, sin, q_norm, k_norm, norm_eps, k_cache, v_cache, kv_slots, num_heads)
     out = torch.empty_like(query)
-    if rows.num_splits:
+    if rows.splits is not None:
         # The first rows are those of slots that compute one token; at the first chunk `decode_slots` becomes -1.
         single = slice(rows.bucket)
-        where = slots.block_tables, step.decode_slots[single], step.positions[single]
-        paged_decode(query[single], k_cache, v_cache, *where, scale, rows.num_splits, out[single])
+        where = (
+            slots.block_tables,
+            step.decode_slots[single],
+            step.positions[single],
+            step.split_start[: rows.bucket + 1],
+        )
+        paged_decode(query[single], k_cache, v_cache, *where, scale, rows.splits, rows.workspace, out[single])
     if rows.has_chunks:
         chunks = step.chunk_slots[: rows.bucket], step.chunk_start[: rows.bucket + 1]
         paged_prefill(query, k_cache, v_cache, slots.block_tables, *chunks, slots.seq_lens, scale, step.tickets, out)

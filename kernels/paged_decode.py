@@ -1,11 +1,14 @@
 """Paged attention for decode: every row is one query token over the KV cache of its slot.
 
-Invariant: the grid is a function of the rows, the KV heads and the number of splits alone. What the splits share out
-is read on the device, so one captured launch serves every context length.
+Invariant: the grid is a function of the launched rows alone. Contexts are split where they are long, by a rule that
+looks at a row's own context; which program computes which split is found on the device. So one captured launch serves
+every mix of contexts, a long one does not hold up the others, and a row's bits do not depend on its neighbours.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,17 +16,20 @@ import torch
 from graphexec.kernels.lang import launches_early, tl, triton, use_triton, wait_for_predecessor
 
 __all__ = [
+    "DecodeSplits",
     "DecodeTile",
+    "DecodeWorkspace",
+    "choose_decode_splits",
     "choose_decode_tile",
-    "choose_splits",
     "gather_context",
     "paged_decode",
     "paged_decode_reference",
     "paged_decode_triton",
+    "split_starts",
 ]
 
-MAX_SPLITS = 128
-PROGRAMS_PER_SM = 2
+PROGRAMS_PER_SM = 8
+SEARCH_WIDTH = 128  # rows that a program looks at in one step of its search
 
 
 class DecodeTile(NamedTuple):
@@ -34,18 +40,38 @@ class DecodeTile(NamedTuple):
     num_stages: int
 
 
-def choose_splits(rows: int, num_kv_heads: int, num_sms: int) -> int:
-    """Number of splits of the context for a bucket of `rows` rows; a power of two from 1 to 128.
+class DecodeSplits(NamedTuple):
+    """How the context of a row is shared out.
 
-    The largest power of two for which rows * num_kv_heads * splits programs still fit twice on each multiprocessor.
-    Two programs, each with a tile of keys and values on its way, hold about 32 KiB in flight per multiprocessor; an
-    H200 at 4.27 TB/s has some 25 KiB outstanding on each of its 132 (with a latency of 0.8 us), so further splits would
-    only make the combination longer. The context length takes no part: a graph holds the answer, and a split that finds
-    no work leaves at once.
+    Attributes:
+        tile: tokens of a tile, `DecodeTile.block_n`.
+        size: tiles that a split should have: a row has as many splits as come nearest to it, of equal size.
+        most: most splits of a row: beyond, they take more tiles each.
     """
-    programs = max(1, rows * num_kv_heads)
-    share = max(1, PROGRAMS_PER_SM * num_sms // programs)
-    return min(MAX_SPLITS, 1 << (share.bit_length() - 1))
+
+    tile: int
+    size: int
+    most: int
+
+    def of(self, context: torch.Tensor) -> torch.Tensor:
+        """Splits of contexts of so many tokens, as integers of the same kind."""
+        tiles = (context + self.tile - 1) // self.tile
+        wanted = ((tiles + self.size // 2) // self.size).clamp(1, self.most)
+        share = (tiles + wanted - 1) // wanted
+        return (tiles + share - 1) // share
+
+
+MOST_SPLITS = 32
+
+
+def choose_decode_splits(rows: int, num_kv_heads: int, tile: int) -> DecodeSplits:
+    """The rule for a bucket of `rows` rows: contexts of 500 tokens then give 500 pieces of work or more.
+
+    An H200 holds 1,056 at the same time, 8 on each of 132 multiprocessors, and half of them saturate its memory. Longer
+    splits pay where there are rows enough, but a split of 16 tiles is as long as any should be: the longest context
+    must not outlast the others. The context takes no part: a graph holds the answer.
+    """
+    return DecodeSplits(tile, size=min(16, max(1, -(-rows * num_kv_heads // 32))), most=MOST_SPLITS)
 
 
 def choose_decode_tile(head_dim: int, group: int, element_size: int) -> DecodeTile:
@@ -67,6 +93,39 @@ def choose_decode_tile(head_dim: int, group: int, element_size: int) -> DecodeTi
     return DecodeTile(block_n=max(16, min(64, key_bytes // row_bytes)), num_warps=num_warps, num_stages=2)
 
 
+@dataclass(frozen=True)
+class DecodeWorkspace:
+    """Where the splits of a row meet. For launches that never overlap.
+
+    Attributes:
+        out: `[splits, KH, group, D]` float32, results of single splits.
+        lse: `[splits, KH, group]` float32, logarithms to base 2 of what their weights sum up to.
+        arrivals: `[rows, KH]` int32, splits that have ended; zero between launches.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    arrivals: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, rows: int, splits: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+    ) -> DecodeWorkspace:
+        """For launches of at most `rows` rows with `splits` splits between them."""
+        shape = (splits, num_kv_heads, num_heads // num_kv_heads)
+        return cls(
+            out=torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
+            lse=torch.empty(shape, dtype=torch.float32, device=device),
+            arrivals=torch.zeros(rows, num_kv_heads, dtype=torch.int32, device=device),
+        )
+
+
+def split_starts(row_slot: torch.Tensor, positions: torch.Tensor, splits: DecodeSplits) -> torch.Tensor:
+    """`[T + 1]` int32: the first split of each row, counted over all rows, then their total; padding has none."""
+    counts = torch.where(row_slot >= 0, splits.of((positions + 1).clamp(min=1)), 0)
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+
 def paged_decode(
     query: torch.Tensor,
     k_cache: torch.Tensor,
@@ -74,38 +133,45 @@ def paged_decode(
     block_tables: torch.Tensor,
     row_slot: torch.Tensor,
     positions: torch.Tensor,
+    split_start: torch.Tensor,
     scale: float,
-    num_splits: int,
+    splits: DecodeSplits,
+    workspace: DecodeWorkspace | None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one query token per row over positions 0..positions[row] of its slot.
 
     Split-KV attention: flash-decoding (Dao, Haziza, Massa, Sizov: "Flash-Decoding for long-context inference", 2023)
-    with the online softmax of FlashAttention-2 (Dao 2023) inside a split.
+    with the online softmax of FlashAttention-2 (Dao 2023) inside a split. The split of a row that ends last puts their
+    results together, always in the same order.
 
     Args:
         query: `[T, H, D]`, contiguous; bfloat16, float16 or float32 for the kernel, any float dtype for the reference.
         k_cache, v_cache: `[num_blocks, KH, block_size, D]`, contiguous, the dtype of `query`; H is a multiple of KH,
             block_size is a power of two. Entries beyond a context may hold anything, NaN included.
         block_tables: `[S, max_blocks]` int32, contiguous; entries beyond a context are not read as blocks. Like
-            `row_slot` and `positions` written at least two launches earlier: see `wait_for_predecessor`.
-        row_slot: `[T]` int32, negative for padding rows.
+            `row_slot`, `positions` and `split_start` written at least two launches earlier: see `wait_for_predecessor`.
+        row_slot: `[T]` int32, negative for padding rows, which come last.
         positions: `[T]` int32, the position of the row's token; its key and value are in the cache already.
+        split_start: `[T + 1]` int32, from `prepare` or `split_starts`, by the same `splits`.
         scale: factor of the scores, usually D ** -0.5.
-        num_splits: from `choose_splits`, at most 128; not read by the reference.
+        splits: from `choose_decode_splits`; not read by the reference.
+        workspace: for as many rows and splits; not read by the reference.
         out: like `query`, contiguous, to write into; padding rows keep what they hold. None for new memory.
 
     Returns:
         `out`: `[T, H, D]` in the dtype and on the device of `query`. In new memory, padding rows hold anything.
 
     Raises:
-        ValueError: a cache is not contiguous, block_size is no power of two, or num_splits is out of range.
+        ValueError: a cache is not contiguous, or block_size is no power of two.
     """
+    where = block_tables, row_slot, positions
     if use_triton(query):
+        assert workspace is not None, "the kernel needs a workspace"
         return paged_decode_triton(
-            query, k_cache, v_cache, block_tables, row_slot, positions, scale, num_splits, tile=None, out=out
+            query, k_cache, v_cache, *where, split_start, scale, splits, workspace, tile=None, out=out
         )
-    return paged_decode_reference(query, k_cache, v_cache, block_tables, row_slot, positions, scale, out)
+    return paged_decode_reference(query, k_cache, v_cache, *where, scale, out)
 
 
 def paged_decode_reference(
@@ -151,16 +217,17 @@ def paged_decode_triton(
     block_tables: torch.Tensor,
     row_slot: torch.Tensor,
     positions: torch.Tensor,
+    split_start: torch.Tensor,
     scale: float,
-    num_splits: int,
+    splits: DecodeSplits,
+    workspace: DecodeWorkspace,
     tile: DecodeTile | None = None,
     out: torch.Tensor | None = None,
+    programs_per_sm: int = PROGRAMS_PER_SM,
 ) -> torch.Tensor:
-    """`paged_decode` as Triton kernels: one launch, or two with more than one split; `tile` None chooses."""
+    """`paged_decode` as one Triton kernel; `tile` None chooses."""
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("The KV cache of a layer must be contiguous: the kernel derives its strides from its shape.")
-    if not 1 <= num_splits <= MAX_SPLITS:
-        raise ValueError(f"num_splits is {num_splits}; it must be from 1 to {MAX_SPLITS}. Use choose_splits.")
     rows, num_heads, head_dim = query.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     if block_size & (block_size - 1):
@@ -168,69 +235,98 @@ def paged_decode_triton(
     group = num_heads // num_kv_heads
     if tile is None:
         tile = choose_decode_tile(head_dim, group, query.element_size())
+    assert tile.block_n == splits.tile, "splits are counted in tiles"
     out = torch.empty_like(query) if out is None else out
     if rows == 0:
         return out
     early = launches_early(query)
-    partial_out = partial_lse = None
-    if num_splits > 1:
-        # Under capture these come from the graph's pool: the addresses are the graph's own.
-        partial_out = torch.empty((rows, num_heads, num_splits, head_dim), dtype=torch.float32, device=query.device)
-        partial_lse = torch.empty((rows, num_heads, num_splits), dtype=torch.float32, device=query.device)
-    _decode_kernel[(num_kv_heads, num_splits, rows)](
+    group_padded = max(16, triton.next_power_of_2(group))
+    programs = min(rows * splits.most * num_kv_heads, programs_per_sm * _multiprocessors(query.get_device()))
+    _decode_kernel[(programs,)](
         query,
         k_cache,
         v_cache,
         block_tables,
         row_slot,
         positions,
+        split_start,
         out,
-        partial_out,
-        partial_lse,
+        workspace.out,
+        workspace.lse,
+        workspace.arrivals,
         scale,
         block_tables.stride(0),
-        num_splits,
+        rows,
+        programs,
+        splits.size,
+        splits.most,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
-        GROUP_PADDED=max(16, triton.next_power_of_2(group)),
+        GROUP_PADDED=group_padded,
         HEAD_DIM=head_dim,
         HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
         BLOCK_SIZE=block_size,
         BLOCK_N=tile.block_n,
-        SPLIT=num_splits > 1,
+        WIDTH=SEARCH_WIDTH,
+        PARTS=group_padded // triton.next_power_of_2(group),
         EARLY=early,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         launch_pdl=early,
     )
-    if num_splits > 1:
-        _combine_kernel[(num_heads, rows)](
-            partial_out,
-            partial_lse,
-            row_slot,
-            positions,
-            out,
-            num_splits,
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
-            SPLITS_PADDED=triton.next_power_of_2(num_splits),
-            BLOCK_N=tile.block_n,
-            EARLY=early,
-            num_warps=4,
-            launch_pdl=early,
-        )
     return out
 
 
+@cache
+def _multiprocessors(device: int) -> int:
+    """Of a CUDA device; under the interpreter (device -1) one, so that programs have several pieces of work."""
+    return 1 if device < 0 else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @triton.jit
-def _share_of_split(context, num_splits, BLOCK_N: tl.constexpr):
-    """Tiles of a context, and how many of them each split takes: whole tiles, so the last splits may take none."""
+def _locate(
+    item,
+    work,
+    split_start,  # [T + 1]
+    row_slot,  # [T]
+    positions,  # [T]
+    block_tables,  # [S, max_blocks]
+    max_blocks,
+    rows,
+    size,
+    most,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Row, slot and context of a piece of work, which of how many splits, its tiles, and the blocks of the first."""
+    has_work = item < work
+    split = item // NUM_KV_HEADS
+    row, first_split = 0, 0
+    if rows > 1:  # a single row is found without waiting for a load
+        started = 0
+        for base in range(0, rows, WIDTH):
+            lanes = base + tl.arange(0, WIDTH)
+            starts = tl.load(split_start + lanes, mask=lanes < rows, other=2147483647)
+            started += tl.sum((starts <= split).to(tl.int32))
+            first_split = tl.maximum(first_split, tl.max(tl.where(starts <= split, starts, 0)))
+        row = started - 1
+    slot = tl.load(row_slot + row).to(tl.int64)
+    context = tl.load(positions + row) + 1
     tiles = tl.cdiv(context, BLOCK_N)
-    return tiles, tl.cdiv(tiles, num_splits)
+    # `DecodeSplits.of` the context.
+    share = tl.cdiv(tiles, tl.minimum(tl.maximum((tiles + size // 2) // size, 1), most))
+    part = split - first_split
+    first_tile = part * share
+    last_tile = tl.minimum(first_tile + share, tiles)
+    index = first_tile * BLOCK_N // BLOCK_SIZE + tl.arange(0, BLOCK_N) // BLOCK_SIZE
+    at = block_tables + slot * max_blocks + tl.minimum(index, (context - 1) // BLOCK_SIZE)
+    blocks = tl.load(at, mask=has_work, other=0)
+    return row, slot, context, part, tl.cdiv(tiles, share), first_tile, last_tile, blocks
 
 
-@triton.jit(do_not_specialize=["max_blocks", "num_splits"])
+@triton.jit(do_not_specialize=["max_blocks", "rows", "programs", "size", "most"])
 def _decode_kernel(
     query,  # [T, H, D]
     k_cache,  # [num_blocks, KH, BLOCK_SIZE, D]
@@ -238,12 +334,17 @@ def _decode_kernel(
     block_tables,  # [S, max_blocks]
     row_slot,  # [T]
     positions,  # [T]
-    out,  # [T, H, D]; not written with SPLIT
-    partial_out,  # [T, H, num_splits, D] float32, or None without SPLIT
-    partial_lse,  # [T, H, num_splits] float32, base 2, or None without SPLIT
+    split_start,  # [T + 1]
+    out,  # [T, H, D]
+    partial_out,  # [splits, KH, GROUP, D] float32
+    partial_lse,  # [splits, KH, GROUP] float32, base 2
+    arrivals,  # [T, KH]
     scale,
     max_blocks,
-    num_splits,
+    rows,  # T
+    programs,
+    size,
+    most,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
@@ -251,115 +352,130 @@ def _decode_kernel(
     HEAD_DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program: all query heads of one KV head, for one split of one row's context."""
-    kv_head = tl.program_id(0)
-    split = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
-    slot = tl.load(row_slot + row).to(tl.int64)
-    context = tl.load(positions + row) + 1
-    tiles, share = _share_of_split(context, num_splits, BLOCK_N)
-    first_tile = split * share
-    last_tile = tl.minimum(first_tile + share, tiles)
-    has_work = (slot >= 0) & (first_tile < tiles)
-
-    # Block and offset of a token, each as a scalar and a part of the lane that is the same in every tile: one of the
-    # two sizes divides the other. Blocks come a tile ahead of their keys; beyond the context, the last one once more.
-    lanes = tl.arange(0, BLOCK_N)
-    table = block_tables + slot * max_blocks
-    last_block = (context - 1) // BLOCK_SIZE
-    index = tl.minimum(first_tile * BLOCK_N // BLOCK_SIZE + lanes // BLOCK_SIZE, last_block)
-    blocks = tl.load(table + index, mask=has_work)
-    if EARLY:
-        wait_for_predecessor()
-    if not has_work:
-        return
-
+    """One piece of work: all query heads of one KV head, for one split of one row's context."""
     members = tl.arange(0, GROUP_PADDED)
     dims = tl.arange(0, HEAD_DIM_PADDED)
-    # Row and head of the query, of the output and of the partial results alike.
-    row_head = row * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + members
+    lanes = tl.arange(0, BLOCK_N)
     member_mask = (members < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    queries = tl.load(query + row_head[:, None] * HEAD_DIM + dims[None, :], mask=member_mask, other=0.0)
-
-    highest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
-    # Summed over the lanes after the loop: a sum in every tile would be one more exchange between threads.
-    lane_totals = tl.zeros([GROUP_PADDED, BLOCK_N], tl.float32)
-    accumulator = tl.zeros([GROUP_PADDED, HEAD_DIM_PADDED], tl.float32)
     scale_log2 = scale * 1.4426950408889634
-    head_offset = kv_head * (BLOCK_SIZE * HEAD_DIM)
-    for tile in range(first_tile, last_tile):
-        first = tile * BLOCK_N
-        valid = first + lanes < context
-        offsets = first % BLOCK_SIZE * HEAD_DIM + lanes % BLOCK_SIZE * HEAD_DIM + head_offset
-        token_at = blocks.to(tl.int64) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + offsets
-        next_index = tl.minimum((first + BLOCK_N) // BLOCK_SIZE + lanes // BLOCK_SIZE, last_block)
-        blocks = tl.load(table + next_index)
-
-        keys = tl.load(k_cache + token_at[None, :] + dims[:, None], mask=(dims < HEAD_DIM)[:, None], other=0.0)
-        scores = tl.dot(queries, keys, input_precision="ieee") * scale_log2
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-
-        # A tile holds at least one valid token, so `raised` is finite and exp2 never sees inf - inf.
-        raised = tl.maximum(highest, tl.max(scores, axis=1))
-        rescale = tl.exp2(highest - raised)
-        weights = tl.exp2(scores - raised[:, None])
-        lane_totals = lane_totals * rescale[:, None] + weights
-        highest = raised
-
-        # Masked, unlike the keys: a weight of zero does not silence a NaN beyond the context.
-        value_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
-        values = tl.load(v_cache + token_at[:, None] + dims[None, :], mask=value_mask, other=0.0)
-        accumulator = accumulator * rescale[:, None]
-        accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
-
-    total = tl.sum(lane_totals, axis=1)
-    result = accumulator / total[:, None]
-    if SPLIT:
-        partial_at = row_head * num_splits + split
-        tl.store(partial_out + partial_at[:, None] * HEAD_DIM + dims[None, :], result, mask=member_mask)
-        tl.store(partial_lse + partial_at, highest + tl.log2(total), mask=members < GROUP)
-    else:
-        out_at = out + row_head[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(out_at, result.to(out.dtype.element_ty), mask=member_mask)
-
-
-@triton.jit(do_not_specialize=["num_splits"])
-def _combine_kernel(
-    partial_out,  # [T, H, num_splits, D] float32
-    partial_lse,  # [T, H, num_splits] float32, base 2
-    row_slot,  # [T]
-    positions,  # [T]
-    out,  # [T, H, D]
-    num_splits,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """One program: one head of one row, over the splits that had work; the others wrote nothing."""
-    head = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    slot = tl.load(row_slot + row)
-    context = tl.load(positions + row) + 1
-    tiles, share = _share_of_split(context, num_splits, BLOCK_N)
+    item = tl.program_id(0)
+    work = tl.load(split_start + rows) * NUM_KV_HEADS
+    # What can be known of the first piece before the queries are there is.
+    row, slot, context, part, count, first_tile, last_tile, blocks = _locate(
+        item, work, split_start, row_slot, positions, block_tables, max_blocks, rows, size, most,
+        NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N, WIDTH,
+    )  # fmt: skip
     if EARLY:
         wait_for_predecessor()
-    if slot < 0:
-        return
+    while item < work:
+        kv_head = item % NUM_KV_HEADS
+        # Row and head of the query and of the output alike.
+        row_head = row.to(tl.int64) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + members
+        queries = tl.load(query + row_head[:, None] * HEAD_DIM + dims[None, :], mask=member_mask, other=0.0)
+        table = block_tables + slot * max_blocks
+        last_block = (context - 1) // BLOCK_SIZE
+        head_offset = kv_head * (BLOCK_SIZE * HEAD_DIM)
 
-    splits = tl.arange(0, SPLITS_PADDED)
+        highest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
+        # Summed over the lanes after the loop: a sum in every tile would be one more exchange between threads.
+        lane_totals = tl.zeros([GROUP_PADDED, BLOCK_N], tl.float32)
+        accumulator = tl.zeros([GROUP_PADDED, HEAD_DIM_PADDED], tl.float32)
+        for tile in range(first_tile, last_tile):
+            # Block and offset of a token, each as a scalar and a part of the lane that is the same in every tile: one
+            # of the two sizes divides the other. Blocks come a tile ahead of their keys; beyond the context, the last
+            # one once more.
+            first = tile * BLOCK_N
+            valid = first + lanes < context
+            offsets = first % BLOCK_SIZE * HEAD_DIM + lanes % BLOCK_SIZE * HEAD_DIM + head_offset
+            token_at = blocks.to(tl.int64) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + offsets
+            next_index = tl.minimum((first + BLOCK_N) // BLOCK_SIZE + lanes // BLOCK_SIZE, last_block)
+            blocks = tl.load(table + next_index)
+
+            keys = tl.load(k_cache + token_at[None, :] + dims[:, None], mask=(dims < HEAD_DIM)[:, None], other=0.0)
+            scores = tl.dot(queries, keys, input_precision="ieee") * scale_log2
+            scores = tl.where(valid[None, :], scores, float("-inf"))
+
+            # A tile holds at least one valid token, so `raised` is finite and exp2 never sees inf - inf.
+            raised = tl.maximum(highest, tl.max(scores, axis=1))
+            rescale = tl.exp2(highest - raised)
+            weights = tl.exp2(scores - raised[:, None])
+            lane_totals = lane_totals * rescale[:, None] + weights
+            highest = raised
+
+            # Masked, unlike the keys: a weight of zero does not silence a NaN beyond the context.
+            value_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
+            values = tl.load(v_cache + token_at[:, None] + dims[None, :], mask=value_mask, other=0.0)
+            accumulator = accumulator * rescale[:, None]
+            accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
+
+        total = tl.sum(lane_totals, axis=1)
+        result = accumulator / total[:, None]
+        out_at = out + row_head[:, None] * HEAD_DIM + dims[None, :]
+        if count == 1:
+            tl.store(out_at, result.to(out.dtype.element_ty), mask=member_mask)
+        else:
+            partial_at = item.to(tl.int64) * GROUP + members
+            tl.store(partial_out + partial_at[:, None] * HEAD_DIM + dims[None, :], result, mask=member_mask)
+            tl.store(partial_lse + partial_at, highest + tl.log2(total), mask=members < GROUP)
+            tl.debug_barrier()  # every thread has stored before one of them counts the split, which releases the stores
+            arrival = arrivals + row * NUM_KV_HEADS + kv_head
+            if tl.atomic_add(arrival, 1) == count - 1:
+                first_head = row.to(tl.int64) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP
+                _combine(
+                    partial_out, partial_lse, out + first_head * HEAD_DIM, item - part * NUM_KV_HEADS, count,
+                    NUM_KV_HEADS, GROUP, GROUP_PADDED, HEAD_DIM, HEAD_DIM_PADDED, PARTS,
+                )  # fmt: skip
+                tl.store(arrival, 0)
+
+        item += programs
+        if item < work:
+            row, slot, context, part, count, first_tile, last_tile, blocks = _locate(
+                item, work, split_start, row_slot, positions, block_tables, max_blocks, rows, size, most,
+                NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N, WIDTH,
+            )  # fmt: skip
+
+
+@triton.jit
+def _combine(
+    partial_out,  # [splits, KH, GROUP, D] float32
+    partial_lse,  # [splits, KH, GROUP] float32, base 2
+    out,  # the row's first head of this KV head
+    first,  # the piece of work of the row's first split
+    count,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Puts the splits of a row together, from the first to the last, PARTS at a time."""
+    MEMBERS: tl.constexpr = GROUP_PADDED // PARTS
+    places = tl.arange(0, GROUP_PADDED)
     dims = tl.arange(0, HEAD_DIM_PADDED)
-    worked = splits < tl.cdiv(tiles, share)
-    row_head = row * NUM_HEADS + head
-    lse = tl.load(partial_lse + row_head * num_splits + splits, mask=worked, other=float("-inf"))
-    weights = tl.exp2(lse - tl.max(lse, axis=0))
-    partial_at = (row_head * num_splits + splits)[:, None] * HEAD_DIM + dims[None, :]
-    partial_mask = worked[:, None] & (dims < HEAD_DIM)[None, :]
-    parts = tl.load(partial_out + partial_at, mask=partial_mask, other=0.0)
-    result = tl.sum(parts * weights[:, None], axis=0) / tl.sum(weights, axis=0)
-    tl.store(out + row_head * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+    highest = tl.full([MEMBERS], float("-inf"), tl.float32)
+    total = tl.zeros([MEMBERS], tl.float32)
+    accumulator = tl.zeros([MEMBERS, HEAD_DIM_PADDED], tl.float32)
+    for base in range(0, count, PARTS):
+        part = base + places // MEMBERS
+        is_there = (part < count) & (places % MEMBERS < GROUP)
+        at = (first + part * NUM_KV_HEADS).to(tl.int64) * GROUP + places % MEMBERS
+        lse = tl.load(partial_lse + at, mask=is_there, other=float("-inf"))
+        mask = is_there[:, None] & (dims < HEAD_DIM)[None, :]
+        result = tl.load(partial_out + at[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        lse = tl.reshape(lse, [PARTS, MEMBERS])
+        raised = tl.maximum(highest, tl.max(lse, axis=0))
+        weights = tl.exp2(lse - raised[None, :])
+        rescale = tl.exp2(highest - raised)
+        weighted = tl.reshape(result, [PARTS, MEMBERS, HEAD_DIM_PADDED]) * weights[:, :, None]
+        accumulator = accumulator * rescale[:, None] + tl.sum(weighted, axis=0)
+        total = total * rescale + tl.sum(weights, axis=0)
+        highest = raised
+    members = tl.arange(0, MEMBERS)
+    out_at = out + members[:, None] * HEAD_DIM + dims[None, :]
+    mask = (members < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(out_at, (accumulator / total[:, None]).to(out.dtype.element_ty), mask=mask)

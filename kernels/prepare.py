@@ -5,29 +5,45 @@ from __future__ import annotations
 import torch
 
 from graphexec.kernels.lang import tl, triton, use_triton
+from graphexec.kernels.paged_decode import DecodeSplits, split_starts
 from graphexec.kernels.state import SlotTensors, StepTensors
 
-__all__ = ["prepare", "prepare_reference", "prepare_triton"]
+__all__ = ["ONE_SPLIT", "prepare", "prepare_reference", "prepare_triton"]
+
+ONE_SPLIT = DecodeSplits(tile=1 << 30, size=1, most=1)
+"""For programs whose attention does not split contexts."""
 
 
 def prepare(
-    slots: SlotTensors, step: StepTensors, rows: int, bucket: int, block_size: int, shortest_chunk: int = 2
+    slots: SlotTensors,
+    step: StepTensors,
+    rows: int,
+    bucket: int,
+    block_size: int,
+    splits: DecodeSplits = ONE_SPLIT,
+    shortest_chunk: int = 2,
 ) -> None:
     """Fills the first `rows` rows and `bucket` active slots of `step` from `slots`, in place.
 
     Slots of one token come first, then chunks, slots ascending in both; the rows of a chunk are consecutive. With a
     `shortest_chunk` of 1 every slot has a chunk, with 2 it takes two tokens. What is left over is padding. If the slots
     need more than `rows` rows, or more than `bucket` slots run, all rows become padding and `overflow` is set: nothing
-    is dropped silently.
+    is dropped silently. Contexts of single tokens are shared out by `splits`.
     """
     if use_triton(slots.query_lens):
-        prepare_triton(slots, step, rows, bucket, block_size, shortest_chunk)
+        prepare_triton(slots, step, rows, bucket, block_size, splits, shortest_chunk)
     else:
-        prepare_reference(slots, step, rows, bucket, block_size, shortest_chunk)
+        prepare_reference(slots, step, rows, bucket, block_size, splits, shortest_chunk)
 
 
 def prepare_reference(
-    slots: SlotTensors, step: StepTensors, rows: int, bucket: int, block_size: int, shortest_chunk: int = 2
+    slots: SlotTensors,
+    step: StepTensors,
+    rows: int,
+    bucket: int,
+    block_size: int,
+    splits: DecodeSplits = ONE_SPLIT,
+    shortest_chunk: int = 2,
 ) -> None:
     """What `prepare` means, in torch."""
     query_lens = slots.query_lens.long()
@@ -63,6 +79,7 @@ def prepare_reference(
     singles, chunks = active[~is_chunk], active[is_chunk]
     step.decode_slots[:bucket] = -1
     step.decode_slots[: len(singles)] = singles.int()
+    step.split_start[: bucket + 1] = split_starts(step.decode_slots[:bucket], step.positions[:bucket], splits)
     step.chunk_slots[:bucket] = -1
     step.chunk_slots[: len(chunks)] = chunks.int()
     step.chunk_start[: bucket + 1] = total
@@ -75,7 +92,13 @@ def prepare_reference(
 
 
 def prepare_triton(
-    slots: SlotTensors, step: StepTensors, rows: int, bucket: int, block_size: int, shortest_chunk: int = 2
+    slots: SlotTensors,
+    step: StepTensors,
+    rows: int,
+    bucket: int,
+    block_size: int,
+    splits: DecodeSplits = ONE_SPLIT,
+    shortest_chunk: int = 2,
 ) -> None:
     """One program a slot; each sums the lengths before its own, which for some hundred slots is a single load."""
     max_slots = slots.query_lens.shape[0]
@@ -92,6 +115,7 @@ def prepare_triton(
         step.active_slots,
         step.active_index,
         step.decode_slots,
+        step.split_start,
         step.chunk_slots,
         step.chunk_start,
         step.logit_rows,
@@ -99,6 +123,9 @@ def prepare_triton(
         rows,
         bucket,
         shortest_chunk,
+        splits.tile,
+        splits.size,
+        splits.most,
         MAX_SLOTS=max_slots,
         LANES=triton.next_power_of_2(max_slots),
         MAX_BLOCKS=slots.block_tables.shape[1],
@@ -109,7 +136,7 @@ def prepare_triton(
     )
 
 
-@triton.jit(do_not_specialize=["rows", "bucket", "shortest_chunk"])
+@triton.jit(do_not_specialize=["rows", "bucket", "shortest_chunk", "tile", "size", "most"])
 def _prepare(
     query_lens,  # [S]
     seq_lens,  # [S]
@@ -123,6 +150,7 @@ def _prepare(
     active_slots,  # [bucket]
     active_index,  # [S]
     decode_slots,  # [bucket]
+    split_start,  # [bucket + 1]
     chunk_slots,  # [bucket]
     chunk_start,  # [bucket + 1]
     logit_rows,  # [bucket]
@@ -130,6 +158,9 @@ def _prepare(
     rows,
     bucket,
     shortest_chunk,
+    tile,
+    size,
+    most,
     MAX_SLOTS: tl.constexpr,
     LANES: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
@@ -142,15 +173,21 @@ def _prepare(
     lengths = tl.load(query_lens + lane, mask=lane < MAX_SLOTS, other=0)
     total = tl.sum(lengths)
     count = tl.sum((lengths > 0).to(tl.int32))
-    singles = tl.sum(((lengths > 0) & (lengths < shortest_chunk)).to(tl.int32))
+    is_single = (lengths > 0) & (lengths < shortest_chunk)
+    singles = tl.sum(is_single.to(tl.int32))
     overflow = (total > rows) | (count > bucket)
     total = tl.where(overflow, 0, total)
     count = tl.where(overflow, 0, count)
     singles = tl.where(overflow, 0, singles)
     before = lane < slot
     index = tl.sum((before & (lengths > 0)).to(tl.int32))
-    single = tl.sum((before & (lengths > 0) & (lengths < shortest_chunk)).to(tl.int32))
+    single = tl.sum((before & is_single).to(tl.int32))
     chunk = index - single
+    # `DecodeSplits.of` the contexts of single tokens.
+    tiles = tl.load(seq_lens + lane, mask=lane < MAX_SLOTS, other=0) // tile + 1
+    wanted = tl.minimum(tl.maximum((tiles + size // 2) // size, 1), most)
+    parts = tl.where(is_single, tl.cdiv(tiles, tl.cdiv(tiles, wanted)), 0)
+    all_parts = tl.where(overflow, 0, tl.sum(parts))
     length = tl.where(overflow, 0, tl.sum(tl.where(lane == slot, lengths, 0)))
     start = single
     if length >= shortest_chunk:
@@ -160,9 +197,11 @@ def _prepare(
         tl.store(info + 1, overflow.to(tl.int32))
         tl.store(info + 2, count - singles)
         tl.store(chunk_start + bucket, total)
+        tl.store(split_start + bucket, all_parts)
     tl.store(active_index + slot, tl.where(length > 0, index, -1))
     if (length > 0) & (length < shortest_chunk):
         tl.store(decode_slots + single, slot)
+        tl.store(split_start + single, tl.sum(tl.where(before, parts, 0)))
     if length >= shortest_chunk:
         tl.store(chunk_slots + chunk, slot)
         tl.store(chunk_start + chunk, start)
@@ -198,6 +237,7 @@ def _prepare(
             tl.store(logit_rows + slot, 0)
         if slot >= singles:
             tl.store(decode_slots + slot, -1)
+            tl.store(split_start + slot, all_parts)
         if slot >= count - singles:
             tl.store(chunk_slots + slot, -1)
             tl.store(chunk_start + slot, total)

@@ -174,6 +174,7 @@ class StepTensors:
         active_slots: `[S]` int32, slots that run, in ascending order, then -1.
         active_index: `[S]` int32, index of a slot in `active_slots`, -1 if it does not run.
         decode_slots: `[S]` int32, `row_slot` of the rows in front of the chunks, -1 from the first chunk on.
+        split_start: `[S + 1]` int32, the first split of each of them, counted over all; see `paged_decode`.
         chunk_slots: `[S]` int32, slots with a chunk, then -1.
         chunk_start: `[S + 1]` int32, first row of each chunk, then the total of the rows.
         logit_rows: `[S]` int32, last row of each active slot, 0 for padding.
@@ -188,6 +189,7 @@ class StepTensors:
     active_slots: torch.Tensor
     active_index: torch.Tensor
     decode_slots: torch.Tensor
+    split_start: torch.Tensor
     chunk_slots: torch.Tensor
     chunk_start: torch.Tensor
     logit_rows: torch.Tensor
@@ -207,6 +209,7 @@ class StepTensors:
             active_slots=ints(max_slots) - 1,
             active_index=ints(max_slots) - 1,
             decode_slots=ints(max_slots) - 1,
+            split_start=ints(max_slots + 1),
             chunk_slots=ints(max_slots) - 1,
             chunk_start=ints(max_slots + 1),
             logit_rows=ints(max_slots),

@@ -68,7 +68,10 @@ class Engine:
         self._depth = config.overlap_depth
         prefixes = PrefixCache(parts.num_blocks, 4 * parts.limits.block_size) if config.prefix_caching else None
         allocator = BlockAllocator(parts.num_blocks, prefixes)
-        self._scheduler = Scheduler(parts.limits, allocator, self.resolved.max_num_batched_tokens, self._depth + 1)
+        self._scheduler = Scheduler(
+            parts.limits, allocator, self.resolved.max_num_batched_tokens, self._depth + 1, config.max_chunk_tokens,
+            config.long_prompt_share,
+        )  # fmt: skip
         self._live: Live = {}
         self._intake = Intake(
             parts.tokenizer, parts.limits, self.num_kv_blocks, parts.vocab_size, parts.eos_token_ids, config.seed,

@@ -11,7 +11,8 @@ import torch
 from graphexec.engine.outputs.logprobs import PROMPT_LOGPROBS, LogprobArrays
 from graphexec.engine.params import MAX_LOGPROBS
 from graphexec.kernels.attention import AttentionRows, attention_rows
-from graphexec.kernels.paged_decode import choose_splits
+from graphexec.kernels.lang import use_triton
+from graphexec.kernels.paged_decode import DecodeSplits, DecodeWorkspace, choose_decode_splits, choose_decode_tile
 from graphexec.kernels.prepare import prepare
 from graphexec.kernels.sample import SampleOutput, SamplerVariant, report_logprobs, sample
 from graphexec.kernels.update import update
@@ -59,8 +60,17 @@ class DecoderProgram(StepProgram):
         self.record = RecordLayout(limits.max_slots, extra_words=output_words + prompt_words)
         # With dynamic=True a float of a module would be dynamic, too: torch finds that it can't be, and traces again.
         self._with_constant_floats = torch._dynamo.config.patch(specialize_float=True)
-        is_cuda = weight.device.type == "cuda"
-        self._num_sms = torch.cuda.get_device_properties(weight.device).multi_processor_count if is_cuda else 1
+        attention = decoder.attentions[0]
+        self._num_kv_heads = attention.num_kv_heads
+        group = attention.num_heads // attention.num_kv_heads
+        self._decode_tile = choose_decode_tile(attention.head_dim, group, weight.element_size()).block_n
+        self._workspace: DecodeWorkspace | None = None
+        if use_triton(weight):
+            longest = torch.tensor(limits.max_tokens)
+            splits = max(rows * int(self._splits(rows).of(longest)) for rows in range(1, limits.max_slots + 1))
+            self._workspace = DecodeWorkspace.allocate(
+                limits.max_slots, splits, attention.num_heads, attention.num_kv_heads, attention.head_dim, weight.device
+            )
 
     def bind(self, io: DeviceIO) -> None:
         self._io = io
@@ -70,7 +80,8 @@ class DecoderProgram(StepProgram):
 
     def step(self, key: GraphKey) -> None:
         slots, step = self.state_of_slots.slots, self.state_of_slots.step
-        prepare(slots, step, key.rows, key.bucket, self.limits.block_size, 1 if _has_only_chunks(key) else 2)
+        shortest_chunk = 1 if _has_only_chunks(key) else 2
+        prepare(slots, step, key.rows, key.bucket, self.limits.block_size, self._splits(key.bucket), shortest_chunk)
         if key.bucket:
             hidden = self._forward(key)
             if key.variant == PROMPT_LOGPROBS:
@@ -83,12 +94,15 @@ class DecoderProgram(StepProgram):
     def _forward(self, key: GraphKey) -> torch.Tensor:
         """Hidden states `[rows, hidden size]`, behind the last norm."""
         step = self.state_of_slots.step
-        num_kv_heads = self._decoder.attentions[0].num_kv_heads
-        splits = 0 if _has_only_chunks(key) else choose_splits(key.bucket, num_kv_heads, self._num_sms)
-        rows = AttentionRows(self.state_of_slots.slots, step, key.rows, key.bucket, splits, key.has_chunks)
+        splits = None if _has_only_chunks(key) else self._splits(key.bucket)
+        slots = self.state_of_slots.slots
+        rows = AttentionRows(slots, step, key.rows, key.bucket, key.has_chunks, splits, self._workspace)
         with attention_rows(rows), self._with_constant_floats:
             hidden: torch.Tensor = self._decoder(step.input_ids[: key.rows], step.positions[: key.rows])
         return hidden
+
+    def _splits(self, bucket: int) -> DecodeSplits:
+        return choose_decode_splits(bucket, self._num_kv_heads, self._decode_tile)
 
     def _sample(self, logits: torch.Tensor, key: GraphKey) -> None:
         active = self.state_of_slots.step.active_slots[: key.bucket]
@@ -152,7 +166,7 @@ class DecoderProgram(StepProgram):
 
 
 def _has_only_chunks(key: GraphKey) -> bool:
-    """Whether no row is left to the decode kernel. A prompt's log-probabilities are found by the rows of mixed steps."""
+    """Whether no row is left to the decode kernel. Log-probabilities of prompts are found by rows of mixed steps."""
     return key.phase == "prefill" and key.variant != PROMPT_LOGPROBS
 
 

@@ -10,7 +10,16 @@ from typing import NamedTuple
 import torch
 from hypothesis import strategies as st
 
-from graphexec.kernels.paged_decode import DecodeTile, paged_decode_reference, paged_decode_triton
+from graphexec.kernels.paged_decode import (
+    MOST_SPLITS,
+    DecodeSplits,
+    DecodeTile,
+    DecodeWorkspace,
+    choose_decode_tile,
+    paged_decode_reference,
+    paged_decode_triton,
+    split_starts,
+)
 from graphexec.kernels.paged_prefill import PrefillTile, paged_prefill_reference, paged_prefill_triton
 from graphexec.kernels.rope_write import rope_write_reference, rope_write_triton
 
@@ -145,6 +154,19 @@ class Step:
         """Query and caches in float64: the same numbers, for the reference."""
         return self.query.double(), self.k_cache.double(), self.v_cache.double()
 
+    def decode_work(
+        self, splits: DecodeSplits
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[DecodeSplits, DecodeWorkspace]]:
+        """Where the contexts lie, and how `paged_decode` shares them out."""
+        shape, start = self.case.shape, split_starts(self.row_slot, self.positions, splits)
+        workspace = DecodeWorkspace.allocate(
+            len(self.row_slot), int(start[-1]), shape.num_kv_heads * shape.group, shape.num_kv_heads, shape.head_dim,
+            torch.device(self.device),
+        )  # fmt: skip
+        for tensor in (workspace.out, workspace.lse):
+            tensor.fill_(float("nan"))
+        return (self.block_tables, self.row_slot, self.positions, start), (splits, workspace)
+
     def naive(self) -> torch.Tensor:
         """Dense attention, row by row and head by head, of the real rows in float64."""
         out = torch.zeros(self.rows, *self.query.shape[1:], dtype=torch.float64)
@@ -189,15 +211,21 @@ def poisoned_allocations() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def check_decode(case: AttentionCase, device: str, num_splits: int, tile: DecodeTile | None = None) -> None:
+def check_decode(
+    case: AttentionCase, device: str, size: int, most: int = MOST_SPLITS, tile: DecodeTile | None = None
+) -> None:
     """The kernel against dense attention, and the reference in float64 too."""
     step = Step(case, device)
-    where = step.block_tables, step.row_slot, step.positions, step.scale
-    with poisoned_allocations():
-        actual = paged_decode_triton(step.query, step.k_cache, step.v_cache, *where, num_splits, tile)
-    step.assert_right(actual, TOLERANCE[case.dtype])
-    step.assert_padding_untouched(actual)
-    step.assert_right(paged_decode_reference(*step.wide, *where), 1e-12)
+    tile = tile or choose_decode_tile(case.shape.head_dim, case.shape.group, case.dtype.itemsize)
+    splits = DecodeSplits(tile.block_n, size, most)
+    where, how = step.decode_work(splits)
+    for _ in range(2):  # a launch leaves its workspace as it found it
+        with poisoned_allocations():
+            actual = paged_decode_triton(step.query, step.k_cache, step.v_cache, *where, step.scale, *how, tile)
+        step.assert_right(actual, TOLERANCE[case.dtype])
+        step.assert_padding_untouched(actual)
+        assert not how[1].arrivals.any()
+    step.assert_right(paged_decode_reference(*step.wide, *where[:3], step.scale), 1e-12)
 
 
 def check_prefill(case: AttentionCase, device: str, tile: PrefillTile | None = None, in_front: int = 2) -> None:

@@ -15,17 +15,13 @@ from triton.compiler import ASTSource
 from graphexec.kernels import linear, paged_decode, paged_prefill, rope_write
 
 _HEADS = {"NUM_KV_HEADS": 8, "BLOCK_SIZE": 16, "HEAD_DIM": 128}
-_WORK = {"GROUP": 2, "GROUP_PADDED": 16, "HEAD_DIM_PADDED": 128, "BLOCK_N": 32, "EARLY": True}
-_NO_SPLIT = {"partial_out": None, "partial_lse": None, "SPLIT": False}
-_COMBINE = {"NUM_HEADS": 16, "HEAD_DIM": 128, "HEAD_DIM_PADDED": 128, "SPLITS_PADDED": 32, "BLOCK_N": 32, "EARLY": True}
+_SPLITS = {"GROUP": 2, "GROUP_PADDED": 16, "HEAD_DIM_PADDED": 128, "BLOCK_N": 32, "WIDTH": 128, "PARTS": 8}
 _CHUNKS = {"GROUP": 2, "HEAD_DIM_PADDED": 128, "BLOCK_M": 128, "BLOCK_Q": 64, "BLOCK_N": 64, "WIDTH": 128}
 _ROPE = {"NUM_HEADS": 16, "HALF_PADDED": 64, "TILE_HEADS": 8, "HAS_NORM": True, "EARLY": True}
 _LINEAR = {"WARP_K": 256, "WARPS": 4, "HAS_BIAS": False, "bias": None, "EARLY": True}
 
 KERNELS = {
-    "decode": (paged_decode._decode_kernel, _HEADS | _WORK | _NO_SPLIT, 1, 2),
-    "decode, split": (paged_decode._decode_kernel, _HEADS | _WORK | {"SPLIT": True}, 1, 2),
-    "combine": (paged_decode._combine_kernel, _COMBINE, 4, 3),
+    "decode": (paged_decode._decode_kernel, _HEADS | _SPLITS | {"EARLY": True}, 1, 2),
     "prefill": (paged_prefill._prefill_kernel, _HEADS | _CHUNKS | {"EARLY": True}, 8, 3),
     "rope_write": (rope_write._rope_write_kernel, _HEADS | _ROPE, 2, 3),
     "linear, vectors": (linear._vectors_kernel, _LINEAR | {"ROWS_PADDED": 2, "TILE_N": 4}, 4, 1),
@@ -47,7 +43,10 @@ TYPES = {
     "scale": "fp32",
     "norm_eps": "fp32",
     "max_blocks": "i32",
-    "num_splits": "i32",
+    "split_start": "*i32",
+    "arrivals": "*i32",
+    "size": "i32",
+    "most": "i32",
     "num_entries": "i32",
     "programs": "i32",
     "rows": "i32",

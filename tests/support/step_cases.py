@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from graphexec.deltas import Admission, SlotDeltas, as_words
 from graphexec.kernels.apply import apply_deltas_reference, apply_deltas_triton
 from graphexec.kernels.delta_layout import ADMIT, ARM, HEADER_WORDS, RELEASE
+from graphexec.kernels.paged_decode import DecodeSplits
 from graphexec.kernels.prepare import prepare_reference, prepare_triton
 from graphexec.kernels.state import SlotTensors, StepTensors
 from graphexec.kernels.update import update_reference, update_triton
@@ -22,6 +23,7 @@ from graphexec.plan import FinishCode, RecordLayout
 from graphexec.slots import SlotLimits
 
 POISON = -7777
+SPLITS = DecodeSplits(tile=2, size=3, most=4)
 NOWHERE = 2**28  # what block tables hold beyond a slot's blocks
 VOCABULARY = 50
 RING = 8
@@ -221,7 +223,7 @@ def _check_prepare(run: Callable[..., None], where: str, case: StepCase, shortes
     expected = _expected_rows(case, shortest_chunk)
     slots, step = case.slot_tensors(where), poisoned_step(case.limits, where)
     before = [tensor.clone() for tensor in slots.all()]
-    run(slots, step, case.rows, case.bucket, case.limits.block_size, shortest_chunk)
+    run(slots, step, case.rows, case.bucket, case.limits.block_size, SPLITS, shortest_chunk)
     assert all(map(torch.equal, before, slots.all())), f"{run.__name__} changed the slots"
     for name, values in expected.items():
         assert getattr(step, name).tolist() == values, f"{run.__name__}: {name}"
@@ -256,6 +258,12 @@ def _expected_rows(case: StepCase, shortest_chunk: int) -> dict[str, list[int]]:
     rows += [(-1, 0, 0, -1)] * (case.rows - total)
     index_of = {slot: index for index, slot in enumerate(case.active)}
 
+    split_start = [0]
+    for index in singles:
+        tiles = -(-(case.slots[index].seq_len + 1) // SPLITS.tile)
+        share = -(-tiles // min(max((tiles + SPLITS.size // 2) // SPLITS.size, 1), SPLITS.most))
+        split_start.append(split_start[-1] + -(-tiles // share))
+
     def filled(values: list[int], size: int) -> list[int]:
         return values + [POISON] * (size - len(values))
 
@@ -270,6 +278,7 @@ def _expected_rows(case: StepCase, shortest_chunk: int) -> dict[str, list[int]]:
         "active_slots": slotwise(case.active, -1),
         "active_index": [index_of.get(slot, -1) for slot in range(limits.max_slots)],
         "decode_slots": slotwise(singles, -1),
+        "split_start": slotwise(split_start, split_start[-1], more=1),
         "chunk_slots": slotwise(chunks, -1),
         "chunk_start": slotwise(starts, total, more=1),
         "logit_rows": slotwise([last_row[index] for index in case.active], 0),

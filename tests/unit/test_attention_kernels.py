@@ -14,9 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from graphexec.kernels.paged_decode import (
+    DecodeSplits,
     DecodeTile,
+    choose_decode_splits,
     choose_decode_tile,
-    choose_splits,
     paged_decode,
     paged_decode_reference,
     paged_decode_triton,
@@ -55,13 +56,14 @@ ONE_TOKEN_AMONG_HOLES = AttentionCase(SMALL, torch.float32, slots=(None, (0, 1),
 @few
 @given(
     case=attention_cases(DTYPES, longest_context=200, longest_chunk=2),
-    num_splits=st.sampled_from([1, 2, 8]),
+    size=st.sampled_from([1, 2, 100]),
+    most=st.sampled_from([1, 3, 32]),
     tile=st.sampled_from([None, DecodeTile(block_n=16, num_warps=4, num_stages=3)]),
 )
-@example(case=NO_ACTIVE_ROWS, num_splits=4, tile=None)
-@example(case=NO_ROWS, num_splits=1, tile=None)
-def test_decode_matches_dense_attention(case: AttentionCase, num_splits: int, tile: DecodeTile | None) -> None:
-    check_decode(case, "cpu", num_splits, tile)
+@example(case=NO_ACTIVE_ROWS, size=1, most=4, tile=None)
+@example(case=NO_ROWS, size=1, most=1, tile=None)
+def test_decode_matches_dense_attention(case: AttentionCase, size: int, most: int, tile: DecodeTile | None) -> None:
+    check_decode(case, "cpu", size, most, tile)
 
 
 @interpreted
@@ -105,16 +107,21 @@ def test_rope_write_rounds_where_the_reference_rounds(size: float) -> None:
 @interpreted
 def test_padding_rows_write_nowhere() -> None:
     case = AttentionCase(SMALL, torch.float32, slots=((9, 2), None), padding=3)
-    check_decode(case, "cpu", num_splits=1)
-    check_decode(case, "cpu", num_splits=4)
+    check_decode(case, "cpu", size=100)
+    check_decode(case, "cpu", size=1)
     check_prefill(case, "cpu")
     check_rope_write(case, "cpu", with_norm=True)
 
 
 @interpreted
-@pytest.mark.parametrize("num_splits", [2, 3, 16])
-def test_a_split_without_work_leaves_no_trace(num_splits: int) -> None:
-    check_decode(ONE_TOKEN_AMONG_HOLES, "cpu", num_splits)
+def test_a_program_without_work_leaves_no_trace() -> None:
+    check_decode(ONE_TOKEN_AMONG_HOLES, "cpu", size=1)
+
+
+@interpreted
+def test_decode_searches_beyond_its_first_window() -> None:
+    slots = tuple((index % 3, 1) for index in range(140))
+    check_decode(AttentionCase(SHAPES[0], torch.float32, slots, padding=1), "cpu", size=1)
 
 
 @interpreted
@@ -130,21 +137,12 @@ def test_prefill_searches_beyond_its_first_window() -> None:
 
 
 @interpreted
-def test_a_split_count_out_of_range_is_refused() -> None:
-    step = Step(ONE_TOKEN_AMONG_HOLES, "cpu")
-    where = step.block_tables, step.row_slot, step.positions, step.scale
-    for num_splits in (0, 129):
-        with pytest.raises(ValueError, match="choose_splits"):
-            paged_decode_triton(step.query, step.k_cache, step.v_cache, *where, num_splits)
-
-
-@interpreted
 def test_a_block_size_that_is_no_power_of_two_is_refused() -> None:
     step = Step(ONE_TOKEN_AMONG_HOLES, "cpu")
     cache = torch.zeros(3, 2, 12, 64)
-    where = step.block_tables, step.row_slot, step.positions, step.scale
+    where, how = step.decode_work(DecodeSplits(32, 1, 1))
     with pytest.raises(ValueError, match="12; the kernel needs a power of two"):
-        paged_decode_triton(step.query, cache, cache, *where, num_splits=1)
+        paged_decode_triton(step.query, cache, cache, *where, step.scale, *how)
     where = step.block_tables, step.chunk_slots, step.chunk_start, step.seq_lens, step.scale
     with pytest.raises(ValueError, match="12; the kernel needs a power of two"):
         paged_prefill_triton(step.query, cache, cache, *where, torch.zeros(2, dtype=torch.int32))
@@ -154,7 +152,8 @@ def test_a_block_size_that_is_no_power_of_two_is_refused() -> None:
 @given(case=attention_cases((torch.float64,), longest_context=200, longest_chunk=12))
 def test_references_match_dense_attention(case: AttentionCase) -> None:
     step = Step(case, "cpu")
-    decoded = paged_decode(*step.wide, step.block_tables, step.row_slot, step.positions, step.scale, num_splits=4)
+    where, how = step.decode_work(DecodeSplits(32, 1, 4))
+    decoded = paged_decode(*step.wide, *where, step.scale, *how)
     step.assert_right(decoded, 1e-12)
     where = step.block_tables, step.chunk_slots, step.chunk_start, step.seq_lens, step.scale
     chunked = paged_prefill(*step.wide, *where, torch.zeros(2, dtype=torch.int32))
@@ -234,19 +233,26 @@ def test_rope_write_leaves_the_cache_alone_when_all_rows_are_padding() -> None:
     assert (cache == 7.0).all()
 
 
-@given(rows=st.integers(0, 1024), num_kv_heads=st.integers(1, 16), num_sms=st.integers(1, 200))
-def test_splits_are_a_power_of_two_that_never_crowds_the_device(rows: int, num_kv_heads: int, num_sms: int) -> None:
-    splits = choose_splits(rows, num_kv_heads, num_sms)
-    assert 1 <= splits <= 128
-    assert splits & (splits - 1) == 0
-    assert splits == 1 or rows * num_kv_heads * splits <= 2 * num_sms
+@given(
+    context=st.integers(1, 100_000), tile=st.sampled_from([16, 32]), size=st.integers(1, 40), most=st.integers(1, 40)
+)
+def test_splits_cover_a_context_and_are_neither_short_nor_many(context: int, tile: int, size: int, most: int) -> None:
+    tiles = -(-context // tile)
+    splits = int(DecodeSplits(tile, size, most).of(torch.tensor(context)))
+    assert 1 <= splits <= most
+    share = -(-tiles // splits)
+    assert tiles > (splits - 1) * share, "the last one has a part of its own"
+    assert splits == 1 or share > size // 2
+    if tiles <= most * size:
+        assert share <= 3 * size // 2 + 1
 
 
-def test_splits_on_an_h200_fall_as_the_bucket_grows() -> None:
-    assert [choose_splits(rows, num_kv_heads=8, num_sms=132) for rows in (1, 2, 8, 16, 32, 64, 256)] == [
-        *(32, 16, 4, 2),
-        *(1, 1, 1),
+def test_on_an_h200_the_splits_of_contexts_of_500_tokens_fill_the_device() -> None:
+    context = torch.tensor(500)
+    counts = [
+        rows * 8 * int(choose_decode_splits(rows, num_kv_heads=8, tile=32).of(context)) for rows in (8, 16, 64, 256)
     ]
+    assert counts == [512, 512, 512, 2048]  # of 1,056 programs that fit at the same time
 
 
 @pytest.mark.parametrize(

@@ -99,3 +99,22 @@ def test_who_needs_every_token_on_the_device_reads_no_cached_blocks(changes: dic
     scheduler.add(request("second", 40, **changes))
     steps(scheduler, 1, 1)
     assert scheduler.prefix_cached_tokens == cached
+
+
+def test_beside_decoding_requests_a_step_computes_few_prompt_tokens() -> None:
+    scheduler = Scheduler(LIMITS, BlockAllocator(100), LIMITS.max_rows, lookahead=DEPTH + 1, max_chunk_tokens=4)
+    scheduler.add(request("first", 9))
+    assert [step.plan.chunk_rows for step in steps(scheduler, 0, 2)] == [9, 0], "alone it has the step to itself"
+    scheduler.add(request("second", 10))
+    assert [step.plan.chunk_rows for step in steps(scheduler, 2, 4)] == [4, 4, 2, 0]
+
+
+def test_a_long_prompt_leaves_room_for_short_ones() -> None:
+    scheduler = Scheduler(LIMITS, BlockAllocator(100), 20, lookahead=DEPTH + 1, long_prompt_share=0.5)
+    for name, length in (("long", 25), ("short", 6), ("shorter", 4)):
+        scheduler.add(request(name, length))
+    (first,) = steps(scheduler, 0, 1)
+    assert first.plan.chunk_rows == 10 + 6 + 4
+    names = {first.owners[slot].request.request_id for slot in first.whole_prompts}
+    assert names == {"short", "shorter"}
+    assert [step.plan.chunk_rows for step in steps(scheduler, 1, 3)] == [9, 6, 0]

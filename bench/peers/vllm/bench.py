@@ -17,9 +17,9 @@ from pathlib import Path
 from bench.peers.measure import Load, arguments_for, load_of, run_peer
 from bench.shapes import write_config
 
-__all__ = ["Vllm", "engine_settings"]
+__all__ = ["ENVIRONMENT", "Vllm", "engine_settings"]
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -47,7 +47,7 @@ class Vllm:
     handicap: str | None = None
 
     def __init__(self, load: Load, changed: dict[str, object]) -> None:
-        for name, value in _ENVIRONMENT.items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import vllm  # late: it reads its environment as it is imported
         from vllm import LLM

@@ -56,11 +56,16 @@ class ScheduledStep:
 class Scheduler:
     """Continuous batching: running requests first, then prompt chunks, then admissions, first come first served."""
 
-    def __init__(self, limits: SlotLimits, allocator: BlockAllocator, max_batched_tokens: int, lookahead: int) -> None:
+    def __init__(
+        self, limits: SlotLimits, allocator: BlockAllocator, max_batched_tokens: int, lookahead: int,
+        max_chunk_tokens: int | None = None, long_prompt_share: float = 1.0,
+    ) -> None:  # fmt: skip
         self._limits = limits
         self._allocator = allocator
         self._prefixes = allocator.prefixes
         self._max_batched_tokens = max_batched_tokens
+        self._max_chunk_tokens = max_batched_tokens if max_chunk_tokens is None else max_chunk_tokens
+        self._long_prompt_share = long_prompt_share
         self._lookahead = lookahead  # tokens of KV space reserved ahead, so that no slot parks meanwhile
         self._placements: dict[Generation, Placement] = {}
         self._waiting: OrderedDict[Placement, None] = OrderedDict()
@@ -189,8 +194,11 @@ class Scheduler:
         self._scheduled += decodes
         self._room -= 1
         decoding = int(np.count_nonzero(decodes))
-        budget = self._continue_prompts(deltas, self._max_batched_tokens - decoding)
-        self._admit(deltas, budget)
+        budget = self._max_batched_tokens - decoding
+        if decoding:
+            budget = min(budget, self._max_chunk_tokens)
+        most = max(1, int(budget * self._long_prompt_share))
+        self._admit(deltas, self._continue_prompts(deltas, budget, most), most)
         # A request that waits for the slot of an aborted one needs a step that carries the release.
         if not self._chunks and not decoding and not (self._releases and self._waiting):
             return None
@@ -243,15 +251,15 @@ class Scheduler:
         room = (self._capacity - self._scheduled)[grows]
         self._room = int(room.min()) if len(room) else _AMPLE
 
-    def _continue_prompts(self, deltas: SlotDeltas, budget: int) -> int:
-        """Arms the next chunks of prompts that are being computed; returns how many rows are left."""
+    def _continue_prompts(self, deltas: SlotDeltas, budget: int, most: int) -> int:
+        """Arms the next chunks of prompts that are being computed, each of `most` rows; returns how many are left."""
         for placement in list(self._prefilling):
             if budget <= 0:
                 break
-            budget -= self._arm_chunk(deltas, placement, budget)
+            budget -= self._arm_chunk(deltas, placement, min(budget, most))
         return budget
 
-    def _admit(self, deltas: SlotDeltas, budget: int) -> None:
+    def _admit(self, deltas: SlotDeltas, budget: int, most: int) -> None:
         room = self._limits.max_shared_blocks
         while self._waiting and self._free_slots and budget > 0:
             placement = next(iter(self._waiting))
@@ -278,7 +286,7 @@ class Scheduler:
                 break
             del self._waiting[placement]
             self._attach(deltas, placement, prefix, blocks)
-            budget -= self._arm_chunk(deltas, placement, budget)
+            budget -= self._arm_chunk(deltas, placement, min(budget, most))
 
     def _slack(self) -> int:
         """Blocks that a newcomer may take."""
