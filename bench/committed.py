@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Committed", "Results", "shown"]
+__all__ = ["Committed", "Results", "facts", "shown", "table"]
 
 Results = dict[str, Any]
 
@@ -48,6 +49,21 @@ def shown(value: object, digits: int = 3) -> str:
         return "0"
     decimals = max(0, digits - len(str(int(abs(value))).lstrip("0")))
     return f"{value:,.{decimals}f}"
+
+
+def facts(results: Results) -> str:
+    """Where figures come from, in one line."""
+    facts = (results["device"], f"torch {results['versions']['torch']}", f"commit {_short(results['commit'])}")
+    return f"{', '.join(facts)}, {results['date'][:10]}"
+
+
+def _short(commit: str) -> str:
+    return commit[:10] + ("+" if commit.endswith("+") else "")  # "+": of a checkout with changes
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
 
 
 def _ours_first(results: Results) -> tuple[bool, str]:

@@ -4,12 +4,15 @@
 #   tests                         tests that need a GPU, and a memory check of the kernels
 #   bench, bench-8b               decode steps at every batch and depth, by shape; capture
 #   context, context-8b           the same with prompts of 1,000 and 8,000 tokens
+#   mixed                         prompts alone, and steps with prompt chunks beside decoding requests
+#   serving                       requests that arrive in time
 #   startup                       process start to first token, by compile mode, cold and warm
 #   kernels                       attention and products over tiles, sampling by variant
 #   calls                         what the host, the driver and single replays cost (pytest-benchmark)
 #   peer-unpack                   puts away what lies in .peer/a and .peer/b (bench/peers/vllm/pack.sh), and sets vLLM up
 #                                 once both have come: they are too large to travel together
 #   peer, peer-8b, peer-context   vLLM and graphexec, by shape, and with prompts of 1,000 tokens
+#   peer-serving                  vLLM and graphexec under the same arrivals
 #   peer-torch                    transformers' continuous batching, torch.compile, and graphexec
 #
 # Each takes less than 7 minutes: every part has a limit of its own and of what is left, and one that fails does not keep
@@ -19,7 +22,8 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-rounds="tests|bench|bench-8b|context|context-8b|startup|kernels|calls|peer-unpack|peer|peer-8b|peer-context|peer-torch"
+rounds="tests|bench|bench-8b|context|context-8b|mixed|serving|startup|kernels|calls"
+rounds+="|peer-unpack|peer|peer-8b|peer-context|peer-serving|peer-torch"
 round=${1:-}
 if [[ -z $round || $round == *"|"* || "|$rounds|" != *"|$round|"* ]]; then
   echo "usage: bench/gpu_round.sh $rounds" >&2
@@ -104,6 +108,11 @@ bench-8b() { decode 5.5 decode-qwen3-8b --shape qwen3-8b --depth 1,0,2 --traced-
 context() { decode 4.8 context-qwen3-0.6b --shape qwen3-0.6b --batch 1,64,256 --prompt 1000,8000 --kv-gib 75 --depth 1 --no-captures; }
 context-8b() { decode 4.8 context-qwen3-8b --shape qwen3-8b --batch 1,8,64 --prompt 1000,8000 --kv-gib 40 --depth 1 --no-captures; }
 
+mixed() { part "mixed" 200 python3 -m bench.mixed --json "$OUT/mixed-qwen3-0.6b.json"; }
+serving() {
+  part "serving" 200 python3 -m bench.serving --rate 10,40,80,120 --json "$OUT/serving-qwen3-0.6b-graphexec.json"
+}
+
 startup() {
   part "startup" 400 python3 -m bench.startup --shape qwen3-0.6b --compile layer,model,off --minutes 4.5 \
     --json "$OUT/startup-qwen3-0.6b.json"
@@ -161,6 +170,19 @@ ours() {
 peer() { beside qwen3-0.6b peer-qwen3-0.6b 220; }
 peer-8b() { beside qwen3-8b peer-qwen3-8b 240; }
 peer-context() { beside qwen3-0.6b peer-context-qwen3-0.6b 220 --batch 1,64,256 --prompt 1000; }
+
+peer-serving() {
+  local rates=(--rate 10,40,80,120,160,200 --seconds 6)
+  if [[ -e $site/.complete ]]; then
+    PYTHONPATH="$site:$PWD" part "vllm, serving" 220 python3 -m bench.peers.vllm.serving "${rates[@]}" --minutes 2 \
+      --json "$OUT/serving-qwen3-0.6b-vllm.json"
+  else
+    echo "== vLLM is not set up: peer-unpack comes first"
+    failed+=("vllm")
+  fi
+  part "graphexec, serving" 160 python3 -m bench.serving "${rates[@]}" --minutes 1.5 \
+    --json "$OUT/serving-qwen3-0.6b-graphexec.json"
+}
 
 peer-torch() {
   part "torch.compile" 170 python3 -m bench.peers.compiled --batch 1,64 --traced --minutes 1.2 --json "$OUT/peer-torch-qwen3-0.6b-compiled.json"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from bench.committed import Committed, Results, shown
+from bench.committed import Committed, Results, facts, shown, table
+from bench.headlines import decode_headline, serving, serving_figures
 from bench.plots import PLOTS, Figure
 
 __all__ = ["SECTIONS", "figures"]
@@ -36,7 +37,7 @@ def decode(committed: Committed) -> list[str]:
             cells = [*steps, *map(row.get, columns)]
             body.append([shown(load[1]), *map(shown, cells), _bubble(row), shown(row.get("busy")), shown(by_hand)])
             body[-1].append(shown(eager.get(load)))
-        lines += [*_table(head, body), "", f"From overhead to busy: at depth {main}.", ""]
+        lines += [*table(head, body), "", f"From overhead to busy: at depth {main}.", ""]
         if left_out := _left_out(results):
             lines += [*left_out, ""]
         lines += [_image(f"{name}.png"), ""]
@@ -52,7 +53,7 @@ def context(committed: Committed) -> list[str]:
         columns |= {"busy": "busy", "hand_written_ms": "by hand ms"}
         columns = _measured(columns, results["decode"])
         body = [[shown(row.get(name)) for name in columns] for row in results["decode"]]
-        lines += [*_table(list(columns.values()), body), ""]
+        lines += [*table(list(columns.values()), body), ""]
         lines += [*_left_out(results), ""]
     return lines
 
@@ -85,7 +86,7 @@ def peers(committed: Committed) -> list[str]:
             [shown(prompt), shown(batch), *(_beside(steps, ours, (prompt, batch)) for steps in tables)]
             for prompt, batch in loads
         ]
-        lines += [*_table(["prompt", "batch", *(results["system"] for results in systems)], body), ""]
+        lines += [*table(["prompt", "batch", *(results["system"] for results in systems)], body), ""]
         lines += [f"- {each['system']}: {each['handicap']}" for each in systems if each["handicap"]]
         lines += [f"- {each['system']}: left out: {reason}." for each in systems for reason in each["skipped"]]
         if len({results.get("round") for results in systems}) > 1:
@@ -108,7 +109,7 @@ def startup(committed: Committed) -> list[str]:
             steps = {step["batch"]: step["decode_step_ms"] for row in rows for step in row["steps"]}
             cells = [*(_median(row[name] for row in rows) for name in names), *map(steps.get, batches)]
             body.append([mode, cache, *map(shown, cells)])
-        lines += [*_table(head, body), ""]
+        lines += [*table(head, body), ""]
         peers = [each for each in committed.kind("peer").values() if each["shape"] == results["shape"]]
         lines += [
             f"- {peer['system']}, for prompts of {_prompts(peer)} tokens: {shown(peer['startup_s'])} s until it took "
@@ -131,8 +132,8 @@ def attention(committed: Committed) -> list[str]:
     body = [
         [" / ".join(str(record[name]) for name in heads), *(shown(record[name]) for name in names)] for record in chosen
     ]
-    title = f"Decode, bytes at {results['bandwidth'] / 1e12:.2f} TB/s ({_facts(results)}):"
-    lines = [title, "", *_table(head, body), ""]
+    title = f"Decode, bytes at {results['bandwidth'] / 1e12:.2f} TB/s ({facts(results)}):"
+    lines = [title, "", *table(head, body), ""]
     dense = {_workload(each): each["microseconds"] for each in results["prefill"] if each["kernel"] != "paged_prefill"}
     body = []
     for record in results["prefill"]:
@@ -140,7 +141,7 @@ def attention(committed: Committed) -> list[str]:
             ours, torchs = record["microseconds"], dense[_workload(record)]
             body.append([shown(each) for each in (*_workload(record), ours, torchs, ours / torchs)])
     head = ["sequences", "chunk", "heads", "µs", "torch's causal attention, contiguous, µs", "quotient"]
-    return [*lines, "Prefill:", "", *_table(head, body), ""]
+    return [*lines, "Prefill:", "", *table(head, body), ""]
 
 
 def _workload(record: Results) -> tuple[int, int, int]:
@@ -160,7 +161,7 @@ def capture(committed: Committed) -> list[str]:
             graphs = sum(each["graphs"] for each in entry["variants"].values())
             figures = (graphs, entry["capture_s"], entry["wall_s"], entry["pool_mib"], entry["device_mib"])
             body.append([name, *map(shown, figures)])
-        lines += [*_table(head, body), ""]
+        lines += [*table(head, body), ""]
         variants = list(passes.values())[-1]["variants"]
         by_bucket = {name: {each["bucket"]: each for each in entry["by_bucket"]} for name, entry in variants.items()}
         head = ["bucket, in order of capture", *(f"pool MiB, {name}" for name in variants), "nodes, greedy"]
@@ -170,11 +171,13 @@ def capture(committed: Committed) -> list[str]:
             if bucket in results["plan"]["batches"] or any(entry.get("pool_mib") for entry in entries):
                 nodes = by_bucket.get("greedy", {}).get(bucket, {}).get("nodes")
                 body.append([shown(bucket), *(shown(entry.get("pool_mib")) for entry in entries), shown(nodes)])
-        lines += [*_table(head, body), ""]
+        lines += [*table(head, body), ""]
     return lines
 
 
 SECTIONS: dict[str, tuple[Callable[[Committed], list[str]], str]] = {
+    "headline": (decode_headline, "bench/gpu_round.sh peer"),
+    "serving": (serving, "bench/gpu_round.sh peer-serving"),
     "decode": (decode, "bench/gpu_round.sh bench"),
     "peers": (peers, "bench/gpu_round.sh peer"),
     "context": (context, "bench/gpu_round.sh context"),
@@ -201,7 +204,7 @@ def figures(committed: Committed) -> list[Figure]:
             for each in systems
         }
         made.append(Figure(f"{name}.png", f"{first['shape']}: decode step beside peers on {first['device']}", lines))
-    return made
+    return made + serving_figures(committed)
 
 
 def _line(results: Results, name: str, depth: int | None) -> tuple[tuple[float, float], ...]:
@@ -256,20 +259,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def _heading(results: Results, what: str) -> list[str]:
-    return [f"**{results['shape']}**: {what} ({_facts(results)})", ""]
-
-
-def _facts(results: Results) -> str:
-    facts = (results["device"], f"torch {results['versions']['torch']}", f"commit {_short(results['commit'])}")
-    return f"{', '.join(facts)}, {results['date'][:10]}"
-
-
-def _short(commit: str) -> str:
-    return commit[:10] + ("+" if commit.endswith("+") else "")  # "+": of a checkout with changes
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+    return [f"**{results['shape']}**: {what} ({facts(results)})", ""]
 
 
 def _image(name: str) -> str:

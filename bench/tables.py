@@ -1,6 +1,6 @@
-"""Makes the README's benchmark tables and plots from the committed results, or checks that they are up to date.
+"""Makes the benchmark tables and plots from the committed results, or checks that they are up to date.
 
-    python -m bench.tables            writes README.md and bench/results/plots/       (needs matplotlib)
+    python -m bench.tables            writes into README.md, bench/RESULTS.md, bench/results/plots/  (needs matplotlib)
     python -m bench.tables --check    exit code 1 where they are not what the results say
 
 A section stands between `<!-- bench:NAME -->` and `<!-- /bench -->`; what lies between is made, never written by hand.
@@ -26,13 +26,18 @@ _MARKER = re.compile(r"<!-- /?bench\b.*?-->")
 
 @dataclass(frozen=True)
 class Page:
-    """A repository's README, its results and its plots."""
+    """A repository's README, the page of further results, and its plots."""
 
     root: Path
 
     @property
     def readme(self) -> Path:
         return self.root / "README.md"
+
+    @property
+    def pages(self) -> list[Path]:
+        """Those with sections: the README alone, where there is no other."""
+        return [page for page in (self.readme, self.root / "bench" / "RESULTS.md") if page.exists()]
 
     @property
     def plots(self) -> Path:
@@ -43,7 +48,8 @@ class Page:
 
     def write(self) -> None:
         committed = self.committed()
-        self.readme.write_text(filled(self.readme.read_text(), committed))
+        for page in self.pages:
+            page.write_text(self._made(page, committed))
         wanted = {figure.name: figure for figure in figures(committed)}
         for name in self._drawn() - wanted.keys():
             (self.plots / name).unlink()
@@ -54,11 +60,17 @@ class Page:
     def out_of_date(self) -> list[str]:
         """What is not as the results say; needs no matplotlib."""
         committed = self.committed()
-        text = self.readme.read_text()
-        wrong = ["README.md"] if filled(text, committed) != text else []
+        wrong = [
+            str(page.relative_to(self.root)) for page in self.pages if self._made(page, committed) != page.read_text()
+        ]
         wanted = {figure.name: figure.fingerprint for figure in figures(committed)}
         wrong += [f"{PLOTS}/{name}" for name, each in wanted.items() if fingerprint_in(self.plots / name) != each]
         return wrong + [f"{PLOTS}/{name}, which nothing shows" for name in sorted(self._drawn() - wanted.keys())]
+
+    def _made(self, page: Path, committed: Committed) -> str:
+        """The page with its sections made anew; paths to plots are from the page's folder."""
+        text = filled(page.read_text(), committed)
+        return text if page == self.readme else text.replace("](bench/", "](")
 
     def _drawn(self) -> set[str]:
         return {path.name for path in self.plots.glob("*.png")}
@@ -73,9 +85,9 @@ def filled(text: str, committed: Committed) -> str:
     names = [match["name"] for match in _REGION.finditer(text)]
     unknown = [name for name in names if name not in SECTIONS]
     if unknown or not names:
-        raise ValueError(f"README.md has the benchmark sections {names}; known are {', '.join(SECTIONS)}.")
+        raise ValueError(f"The page has the benchmark sections {names}; known are {', '.join(SECTIONS)}.")
     if len(_MARKER.findall(text)) != 2 * len(names):
-        raise ValueError("README.md has a marker of a benchmark section without its partner.")
+        raise ValueError("The page has a marker of a benchmark section without its partner.")
     return _REGION.sub(lambda match: f"{match['begin']}{_content(match['name'], committed)}\n{match['end']}", text)
 
 

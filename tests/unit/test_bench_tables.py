@@ -134,6 +134,16 @@ def test_what_is_made_is_up_to_date_and_making_it_again_changes_nothing(page: Pa
         assert f"]({PLOTS}/{name})" in page.readme.read_text()
 
 
+def test_a_second_page_shows_sections_with_paths_of_its_own(page: Page) -> None:
+    further = page.root / "bench" / "RESULTS.md"
+    further.write_text("# More\n\n<!-- bench:decode -->\nold\n<!-- /bench -->\n")
+    assert "bench/RESULTS.md" in page.out_of_date()
+    page.write()
+    assert page.out_of_date() == []
+    assert "](results/plots/decode-qwen3-0.6b.png)" in further.read_text()
+    assert "](bench/results/plots/decode-qwen3-0.6b.png)" in page.readme.read_text()
+
+
 def test_a_check_names_what_is_stale_and_changes_nothing(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check"], page.root) == 1
     wrong = capsys.readouterr().err
