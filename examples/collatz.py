@@ -120,10 +120,12 @@ def run(
             while len(in_flight) > (depth if owners else 0):  # and collect the one `depth` before it
                 handle, mapping = in_flight.popleft()
                 result = handle.result()
+                # Lists: comparing numpy's scalars one by one takes a hundred times as long.
+                counts, finish, tokens = (each.tolist() for each in (result.num_tokens, result.finish, result.tokens))
                 for slot, number in mapping.items():
-                    if result.num_tokens[slot] > 0 and owners.get(slot) == number:
-                        orbits[number].append(int(result.tokens[slot, 0]))
-                        if result.finish[slot] == FinishCode.STOP:  # collected, so the slot may have a new owner
+                    if counts[slot] > 0 and owners.get(slot) == number:
+                        orbits[number].append(tokens[slot][0])
+                        if finish[slot] == FinishCode.STOP:  # collected, so the slot may have a new owner
                             del owners[slot]
                             free.add(slot)
     finally:

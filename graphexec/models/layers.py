@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -85,8 +87,7 @@ class PagedAttention(nn.Module):
         """
         weight = self.qkv_proj.weight
         shape = (num_blocks, self.num_kv_heads, block_size, self.head_dim)
-        self.k_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.v_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.k_cache, self.v_cache = (_zeros(shape, weight.dtype, weight.device) for _ in range(2))
         generator = torch.Generator(weight.device).manual_seed(0)
         for cache in (self.k_cache, self.v_cache):
             cache[:EXERCISED_BLOCKS].normal_(generator=generator)
@@ -109,6 +110,14 @@ class PagedAttention(nn.Module):
             self.scale,
         )
         return self.o_proj(attended[None]), None
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`torch.zeros`, but on the CPU with pages that the system clears when they are first met: a cache may have GiB."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    cleared = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(cleared).view(dtype).view(shape)
 
 
 class GatedMLP(nn.Module):
