@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from graphexec.errors import ConfigError
 from graphexec.plan import GraphKey
 
-__all__ = ["CapturedGraph", "Manifest"]
+__all__ = ["CapturedGraph", "GraphGroup", "Manifest"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,24 @@ class CapturedGraph:
     capture_s: float
     fingerprint: str
     verified: bool
+
+
+@dataclass(frozen=True)
+class GraphGroup:
+    """Graphs of one phase and variant that differ in little but their size, in ascending order of it.
+
+    With prompt chunks those of the same slots, without those of as many nodes.
+    """
+
+    graphs: tuple[CapturedGraph, ...]
+
+    @property
+    def first(self) -> CapturedGraph:
+        return self.graphs[0]
+
+    @property
+    def last(self) -> CapturedGraph:
+        return self.graphs[-1]
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,32 @@ class Manifest:
             graphs=tuple(graphs),
             missing={str(key): reason for key, reason in missing.items()},
         )
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Reads what `write` wrote.
+
+        Raises:
+            ConfigError: the file cannot be read, or holds something else.
+        """
+        try:
+            content = json.loads(path.read_text())
+            graphs = [CapturedGraph(**each | {"key": GraphKey(**each["key"])}) for each in content["graphs"]]
+            return cls(content["device"], content["versions"], tuple(graphs), content["missing"])
+        except OSError as failure:
+            raise ConfigError(f"Cannot read {path}: {failure.strerror}.") from failure
+        except (ValueError, KeyError, TypeError) as failure:
+            raise ConfigError(f"{path} is no manifest of captured graphs: {failure}.") from failure
+
+    def groups(self) -> list[GraphGroup]:
+        """The graphs, in groups: hundreds of rows that differ in nothing are no use to a reader."""
+        found: dict[tuple[object, ...], list[CapturedGraph]] = {}
+        for graph in reversed(self.graphs):
+            key = graph.key
+            # The smallest steps of a ladder have as many slots as rows, whatever slots were asked for.
+            same = ("slots", key.bucket < key.rows and key.bucket) if key.has_chunks else ("nodes", graph.nodes)
+            found.setdefault((key.phase, key.variant, *same), []).append(graph)
+        return [GraphGroup(tuple(graphs)) for graphs in found.values()]
 
     @property
     def capture_s(self) -> float:

@@ -18,10 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from graphexec.capture.buckets import default_ladder, row_ladder
+from graphexec.capture.buckets import chunk_slot_ladder, default_ladder, row_ladder
 from graphexec.capture.manifest import Manifest
+from graphexec.capture.regressions import regressions
 from graphexec.config import BackendConfig, EngineConfig, backend_names, read_toml
 from graphexec.engine import Engine, EngineStats, RequestOutput, SamplingParams
+from graphexec.engine.program import DecoderProgram
 from graphexec.engine.resolve import resolve
 from graphexec.errors import ConfigError, GraphexecError, RequestError
 from graphexec.models.loader import load_config, model_folder, model_license
@@ -134,6 +136,8 @@ def warmup(
     max_model_len: MaxModelLen = None,
     config: Config = None,
     manifest: Annotated[Path, typer.Option(help="Where to write the manifest.")] = Path("graphexec-manifest.json"),
+    compare: Annotated[Path | None, typer.Option(help="Fail if something is worse than in this manifest.")] = None,
+    tolerance: Annotated[float, typer.Option(help="By which share time and memory may grow.", min=0.0)] = 0.2,
     verbose: Verbose = False,
 ) -> None:
     """Compile, capture and verify everything that the configuration needs, and write down what was captured."""
@@ -145,6 +149,7 @@ def warmup(
     engine_config = _engine_config(config, settings, backend, default_slots=None)
     if not manifest.parent.is_dir() or manifest.is_dir():
         raise ConfigError(f"Cannot write the manifest to {manifest}: give a file in a folder that exists.")
+    old = None if compare is None else Manifest.read(compare)  # before the new one takes its place
     started = time.perf_counter()
     columns = (TextColumn("capturing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, TimeElapsedColumn(), console=_notes) as bar:
@@ -166,6 +171,11 @@ def warmup(
     )
     for key, reason in captured.missing.items():
         _notes.print(f"no graph for the {key}: {reason}", markup=False)
+    worse = [] if old is None else regressions(old, captured, tolerance)
+    for sentence in worse:
+        _notes.print(f"worse: {sentence}", markup=False, soft_wrap=True)
+    if worse:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -182,6 +192,10 @@ def env(model: Model = None, config: Config = None) -> None:
     ladders = {
         "capture_sizes": engine_config.backend.capture_sizes or default_ladder(engine_config.max_num_seqs),
         "prefill_sizes": engine_config.backend.prefill_sizes or row_ladder(max_rows),
+        "prefill_slots": engine_config.backend.prefill_slots or chunk_slot_ladder(engine_config.max_num_seqs),
+        "decode": engine_config.backend.decode or "full",
+        "prefill": engine_config.backend.prefill or "full",
+        "variants": engine_config.backend.variants or DecoderProgram.common_variants,
         "verify": resolved.device.type == "cuda" if (asked := engine_config.backend.verify) is None else asked,
     }
     table = Table("setting", "value", "why", title="Configuration")
@@ -289,20 +303,26 @@ def _engine_config(
 
 
 def _manifest_table(manifest: Manifest) -> Table:
-    table = Table("bucket", "rows", "sampler", "nodes", "MiB", "ms", "verified")
-    table.add_column("fingerprint", no_wrap=True)
-    for graph in manifest.graphs:
+    table = Table("step", "sampler", "slots", "rows", "graphs", "nodes", "MiB", "ms", "verified")
+    for group in manifest.groups():
+        key, last, graphs = group.first.key, group.last.key, group.graphs
+        nodes = [graph.nodes for graph in graphs]
         table.add_row(
-            str(graph.key.bucket),
-            str(graph.key.rows),
-            graph.key.variant,
-            str(graph.nodes),
-            f"{graph.pool_bytes / 2**20:.1f}",
-            f"{graph.capture_s * 1e3:.1f}",
-            "yes" if graph.verified else "no",
-            graph.fingerprint,
+            key.phase,
+            key.variant,
+            _from_to(key.bucket, last.bucket),
+            _from_to(key.rows, last.rows),
+            str(len(graphs)),
+            _from_to(min(nodes), max(nodes)),
+            f"{sum(graph.pool_bytes for graph in graphs) / 2**20:.1f}",
+            f"{sum(graph.capture_s for graph in graphs) * 1e3:.1f}",
+            str(sum(graph.verified for graph in graphs)),
         )
     return table
+
+
+def _from_to(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def _machine() -> list[tuple[str, str]]:

@@ -85,6 +85,25 @@ def test_warmup_captures_the_ladder_and_writes_the_manifest(tmp_path: Path) -> N
     assert all(graph["verified"] for graph in written["graphs"])
     assert written["missing"] == {}
     assert "6 graphs on cpu" in done.stderr
+    again = run(
+        "warmup", "--config", str(config), "--device", "cpu", "--manifest", str(manifest), "--compare", str(manifest)
+    )
+    assert again.returncode == 0, again.stderr
+    written["graphs"][0]["nodes"] = 0
+    manifest.write_text(json.dumps(written))
+    worse = run(
+        "warmup",
+        "--config",
+        str(config),
+        "--device",
+        "cpu",
+        "--manifest",
+        str(tmp_path / "new.json"),
+        "--compare",
+        str(manifest),
+    )
+    assert worse.returncode == 1
+    assert "worse: 1 graphs of prefill steps, sampled, grew from 0 to 1 nodes" in worse.stderr
 
 
 def test_capture_sizes_of_a_file_set_the_slots_of_generate(tmp_path: Path) -> None:

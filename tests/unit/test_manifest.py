@@ -1,0 +1,93 @@
+"""Manifests: groups for a reader, the way to a file and back, and what a comparison calls worse."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from graphexec.capture.manifest import CapturedGraph, Manifest
+from graphexec.capture.regressions import regressions
+from graphexec.errors import ConfigError
+from graphexec.plan import GraphKey, Phase
+
+
+def graph(phase: Phase, rows: int, bucket: int, nodes: int = 300, variant: str = "greedy") -> CapturedGraph:
+    return CapturedGraph(
+        GraphKey(phase, rows, bucket, variant), nodes, nodes - 2, pool_bytes=2**20, warmup_s=0.02, capture_s=0.01,
+        fingerprint=f"{phase}{rows}", verified=rows == 1,
+    )  # fmt: skip
+
+
+def manifest(*graphs: CapturedGraph) -> Manifest:
+    return Manifest.of(torch.device("cpu"), graphs, {GraphKey("decode", 9, 9, "greedy"): "out of memory"})
+
+
+LADDER = manifest(
+    *(graph("mixed", rows, slots) for rows in (64, 32) for slots in (32, 8)),
+    graph("mixed", 16, 16),
+    *(graph("decode", size, size, 300 if size > 2 else 200) for size in (8, 4, 2, 1)),
+    graph("decode", 1, 1, variant="sampled"),
+)
+
+
+def test_graphs_that_differ_in_little_but_their_size_make_one_group() -> None:
+    groups = [(each.first.key, each.last.key, len(each.graphs)) for each in LADDER.groups()]
+    assert groups == [
+        (GraphKey("decode", 1, 1, "sampled"), GraphKey("decode", 1, 1, "sampled"), 1),
+        (GraphKey("decode", 1, 1, "greedy"), GraphKey("decode", 2, 2, "greedy"), 2),
+        (GraphKey("decode", 4, 4, "greedy"), GraphKey("decode", 8, 8, "greedy"), 2),
+        (GraphKey("mixed", 16, 16, "greedy"), GraphKey("mixed", 32, 32, "greedy"), 2),
+        (GraphKey("mixed", 32, 8, "greedy"), GraphKey("mixed", 64, 8, "greedy"), 2),
+        (GraphKey("mixed", 64, 32, "greedy"), GraphKey("mixed", 64, 32, "greedy"), 1),
+    ]
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    LADDER.write(tmp_path / "manifest.json")
+    assert Manifest.read(tmp_path / "manifest.json") == LADDER
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "no manifest"), ("{}", "no manifest"), (None, "Cannot read")])
+def test_what_is_no_manifest_is_refused_by_name(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "other.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=f"{message}.*other.json|other.json.*{message}"):
+        Manifest.read(path)
+
+
+def test_nothing_is_worse_than_itself_or_with_more_graphs() -> None:
+    more = replace(LADDER, graphs=(*LADDER.graphs, graph("decode", 16, 16)))
+    assert regressions(LADDER, LADDER, 0.0) == regressions(LADDER, more, 0.0) == []
+
+
+def test_graphs_that_vanished_or_gained_nodes_are_named() -> None:
+    fewer = replace(LADDER, graphs=LADDER.graphs[1:])
+    assert regressions(LADDER, fewer, 0.2) == [
+        "There is no graph for the mixed step, bucket 32, 64 rows, greedy any more."
+    ]
+    grown = replace(LADDER, graphs=tuple(replace(each, nodes=each.nodes + 28) for each in LADDER.graphs))
+    found = regressions(LADDER, grown, 0.2)
+    assert any(
+        each.startswith("5 graphs of mixed steps, greedy, grew from 300 to 328 nodes; the first") for each in found
+    )
+    shrunk = replace(LADDER, graphs=tuple(replace(each, nodes=each.nodes - 28) for each in LADDER.graphs))
+    assert regressions(LADDER, shrunk, 0.2) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pool_bytes": 9 * 2**20}, "memory.*from 10.00 to 90.00 MiB"),
+        ({"capture_s": 0.05}, "time to capture.*from 0.10 to 0.50 s"),
+    ],
+)
+def test_time_and_memory_may_grow_by_the_tolerance(changes: dict[str, float], message: str) -> None:
+    dear = replace(LADDER, graphs=tuple(replace(each, **changes) for each in LADDER.graphs))
+    (sentence,) = regressions(LADDER, dear, 0.2)
+    assert re.search(message, sentence)
+    assert regressions(LADDER, dear, 10.0) == []
