@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from graphexec.backends import ExecutionBackend, create_backend
+from graphexec.backends.check import check_capturable
 from graphexec.config import BackendConfig, EngineConfig
 from graphexec.errors import (
     BucketOverflowError,
@@ -56,6 +57,7 @@ __all__ = [
     "StepProgram",
     "StepResult",
     "StepTimeout",
+    "check_capturable",
     "create_backend",
     "create_runtime",
 ]
