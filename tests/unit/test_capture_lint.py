@@ -44,7 +44,7 @@ def test_what_a_capture_would_refuse_is_refused_with_its_line(operation: Callabl
 def test_what_a_capture_takes_is_taken() -> None:
     with capture_lint():
         target = torch.zeros(4)
-        target.copy_(VALUES)
+        target[:3].copy_(VALUES)
         target[VALUES] = 1.0
         target[target > 0] = 2.0  # a single value: masked_fill
         target.index_add_(0, VALUES.clamp(max=2), torch.ones(3))
