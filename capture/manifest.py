@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -67,21 +67,20 @@ class Manifest:
         versions: of Python, torch and what else decides what is captured.
         graphs: in the order of capture.
         missing: keys that were left out, as text, with the reason.
+        settings: of the engine, those that decide what is captured.
     """
 
     device: str
     versions: dict[str, str]
     graphs: tuple[CapturedGraph, ...]
     missing: dict[str, str]
+    settings: dict[str, object] = field(default_factory=dict)
 
     @classmethod
     def of(cls, device: torch.device, graphs: Sequence[CapturedGraph], missing: Mapping[GraphKey, str]) -> Manifest:
-        is_cuda = device.type == "cuda"
-        versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-        if is_cuda and torch.version.cuda:
-            versions["cuda"] = torch.version.cuda
+        name, versions = _machine(device)
         return cls(
-            device=torch.cuda.get_device_name(device) if is_cuda else "cpu",
+            device=name,
             versions=versions,
             graphs=tuple(graphs),
             missing={str(key): reason for key, reason in missing.items()},
@@ -97,11 +96,30 @@ class Manifest:
         try:
             content = json.loads(path.read_text())
             graphs = [CapturedGraph(**each | {"key": GraphKey(**each["key"])}) for each in content["graphs"]]
-            return cls(content["device"], content["versions"], tuple(graphs), content["missing"])
+            return cls(
+                content["device"], content["versions"], tuple(graphs), content["missing"], content.get("settings", {})
+            )
         except OSError as failure:
             raise ConfigError(f"Cannot read {path}: {failure.strerror}.") from failure
         except (ValueError, KeyError, TypeError) as failure:
             raise ConfigError(f"{path} is no manifest of captured graphs: {failure}.") from failure
+
+    def check(self, device: torch.device, settings: Mapping[str, object]) -> None:
+        """Checks that it was made on such a device, by these versions, with these settings.
+
+        Raises:
+            ConfigError: names everything that differs.
+        """
+        name, versions = _machine(device)
+        here = {"device": name, **versions, **json.loads(json.dumps(settings))}
+        there = {"device": self.device, **self.versions, **self.settings}
+        wrong = [
+            f"{each} is {here.get(each)!r} here and {there.get(each)!r} there"
+            for each in dict.fromkeys((*here, *there))
+            if here.get(each) != there.get(each)
+        ]
+        if wrong:
+            raise ConfigError(f"manifest mismatch: {'; '.join(wrong)}.")
 
     def groups(self) -> list[GraphGroup]:
         """The graphs, in groups: hundreds of rows that differ in nothing are no use to a reader."""
@@ -127,3 +145,12 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         path.write_text(self.to_json() + "\n")
+
+
+def _machine(device: torch.device) -> tuple[str, dict[str, str]]:
+    """Name of a device, and versions of what else decides what is captured."""
+    is_cuda = device.type == "cuda"
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    if is_cuda and torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    return torch.cuda.get_device_name(device) if is_cuda else "cpu", versions

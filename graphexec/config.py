@@ -128,6 +128,8 @@ class EngineConfig(_Config):
         compile: torch.compile of the whole "model", of each "layer", or "off"; None: "layer" on CUDA, else "off".
         overlap_depth: steps that the engine submits ahead of the one it collects, 0 to 4. 0 is the classical loop.
         overlap_prefill: let steps with prompt chunks overlap too; false drains the pipeline around them.
+        expected_manifest: a manifest that `graphexec warmup` wrote. The engine refuses to start where its device, its
+            versions or its settings are others than those of the manifest.
         backend: see BackendConfig.
     """
 
@@ -152,12 +154,13 @@ class EngineConfig(_Config):
     compile: CompileMode | None = None
     overlap_depth: OverlapDepth = 1
     overlap_prefill: bool = True
+    expected_manifest: str | None = None
     backend: BackendConfig = BackendConfig()
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**_with_moved_settings(values))
 
-    @field_validator("model", mode="before")
+    @field_validator("model", "expected_manifest", mode="before")
     @classmethod
     def _path(cls, value: object) -> object:
         return str(value) if isinstance(value, Path) else value

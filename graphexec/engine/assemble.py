@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ Compiler = str | Callable[..., object]
 """A backend of torch.compile, by name or as a callable."""
 
 _log = logging.getLogger(__name__)
+
+_OF_CAPTURES = ("name", "capture_sizes", "prefill_sizes", "prefill_slots", "decode", "prefill", "variants")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
     model_config = load_config(folder)
     resolved = resolve(config, model_config)
     runtime = create_runtime(resolved.device)
+    settings = _what_decides_captures(config, resolved, folder.name)
+    if config.expected_manifest is not None:  # before anything takes long
+        Manifest.read(Path(config.expected_manifest)).check(resolved.device, settings)
     if resolved.device.type == "cuda":
         settle_cache_folder()
     tokenizer = load_tokenizer(folder)
@@ -83,7 +89,7 @@ def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
         num_blocks = _size_cache(config, resolved, runtime, program, decoder, model_config)
         allocate_caches(decoder, num_blocks, config.kv_block_size)
         backend = create_backend(config.backend, runtime)
-        manifest = _warm_up(backend, program, progress)
+        manifest = replace(_warm_up(backend, program, progress), settings=settings)
     except torch.OutOfMemoryError as failure:
         raise ConfigError(
             "The model, its KV cache and its largest step do not fit into device memory. Lower num_kv_blocks, "
@@ -100,6 +106,19 @@ def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
         eos_token_ids=loaded.eos_token_ids,
         tokenizer=tokenizer,
     )
+
+
+def _what_decides_captures(config: EngineConfig, resolved: ResolvedConfig, model: str) -> dict[str, object]:
+    names = ("compile", "max_model_len", "max_num_batched_tokens")
+    sizes = config.backend.model_dump(include={*_OF_CAPTURES}, mode="json")
+    return {
+        "model": model,
+        "dtype": str(resolved.dtype),
+        "max_num_seqs": config.max_num_seqs,
+        "kv_block_size": config.kv_block_size,
+        **{name: getattr(resolved, name) for name in names},
+        **{f"backend.{name}": value for name, value in sizes.items()},
+    }
 
 
 def compile_decoder(decoder: Decoder, mode: CompileMode, compiler: Compiler = "inductor") -> None:

@@ -89,6 +89,11 @@ def test_warmup_captures_the_ladder_and_writes_the_manifest(tmp_path: Path) -> N
         "warmup", "--config", str(config), "--device", "cpu", "--manifest", str(manifest), "--compare", str(manifest)
     )
     assert again.returncode == 0, again.stderr
+    config.write_text(f"expected_manifest = '{manifest}'\n" + config.read_text())
+    assert run("warmup", "--config", str(config), "--device", "cpu", "--manifest", str(manifest)).returncode == 0
+    other = run("generate", "x", "--config", str(config), "--device", "cpu", "--max-num-seqs", "4")
+    assert other.returncode == 2
+    assert "manifest mismatch: max_num_seqs is 4 here and 3 there" in " ".join(other.stderr.split())
     written["graphs"][0]["nodes"] = 0
     manifest.write_text(json.dumps(written))
     worse = run(

@@ -25,9 +25,12 @@ from tests.support.traffic import Arrival, Outcome, PlainLogprob, any_params, re
 
 LAZY = (("capture_sizes", (1,)), ("lazy_capture", True))
 SPARSE = (("capture_sizes", (3,)),)
+SHORT_CHUNKS = (("max_chunk_tokens", 5), ("long_prompt_share", 0.5), ("variants", ("greedy", "shaped")))
+EAGER_PROMPTS = (("prefill", "off"), ("decode", "full"))
 
 # backend, depth, KV blocks of 8 tokens (24 hold three long requests of eight), whether prompt chunks overlap, and
-# further settings of the backend: graphs made when they are first needed, and batches for which there is none
+# further settings: graphs made when they are first needed, batches for which there is none, prompts in small pieces,
+# and prompts without graphs
 SETTINGS = [
     ("eager", 1, 200, True),
     ("cudagraph", 0, 24, True),
@@ -38,6 +41,8 @@ SETTINGS = [
     ("cudagraph", 4, 24, True),
     ("cudagraph", 1, 24, True, LAZY),
     ("cudagraph", 2, 24, True, SPARSE),
+    ("cudagraph", 2, 24, True, SHORT_CHUNKS),
+    ("cudagraph", 1, 24, True, EAGER_PROMPTS),
 ]
 
 
@@ -52,9 +57,11 @@ def make_engine(
     depth: int,
     blocks: int,
     overlap_prefill: bool = True,
-    backend: Sequence[tuple[str, object]] = (),
+    settings: Sequence[tuple[str, object]] = (),
     prefix_caching: bool = True,
 ) -> Engine:
+    policy = {name: value for name, value in settings if name in EngineConfig.model_fields}
+    backend = {name: value for name, value in settings if name not in policy}
     return Engine(
         EngineConfig(
             model=str(checkpoint),
@@ -68,7 +75,8 @@ def make_engine(
             prefix_caching=prefix_caching,
             overlap_depth=depth,
             overlap_prefill=overlap_prefill,
-            backend=BackendConfig(name=name, step_timeout_s=30, verify=False, **dict(backend)),
+            backend=BackendConfig(name=name, step_timeout_s=30, verify=False, **backend),
+            **policy,
         )
     )
 
@@ -92,6 +100,7 @@ def test_every_setting_serves_steps_as_it_should(engine: Engine) -> None:
     backend, stats = engine.config.backend, engine.stats()
     assert (stats.replays > 0) is (backend.name == "cudagraph")
     assert ("no graph" in stats.eager_steps) is (backend.capture_sizes is not None and not backend.lazy_capture)
+    assert ("prefill off" in stats.eager_steps) is (backend.prefill == "off")
 
 
 def assert_same(actual: Outcome, expected: Outcome, was_aborted: bool, tolerance: float = 1e-9) -> None:

@@ -60,6 +60,19 @@ def test_what_is_no_manifest_is_refused_by_name(tmp_path: Path, content: str | N
         Manifest.read(path)
 
 
+def test_a_manifest_of_another_device_version_or_setting_is_a_mismatch() -> None:
+    settings = {"max_num_seqs": 8, "backend.capture_sizes": (1, 8)}
+    made = replace(LADDER, settings={"max_num_seqs": 8, "backend.capture_sizes": [1, 8]})
+    made.check(torch.device("cpu"), settings)
+    for changed, message in (
+        (replace(made, device="NVIDIA H200"), "manifest mismatch: device is 'cpu' here and 'NVIDIA H200' there"),
+        (replace(made, versions=made.versions | {"torch": "1.0"}), "torch is .* here and '1.0' there"),
+        (replace(made, settings={"max_num_seqs": 4}), "max_num_seqs is 8 here and 4 there; backend.capture_sizes is"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            changed.check(torch.device("cpu"), settings)
+
+
 def test_nothing_is_worse_than_itself_or_with_more_graphs() -> None:
     more = replace(LADDER, graphs=(*LADDER.graphs, graph("decode", 16, 16)))
     assert regressions(LADDER, LADDER, 0.0) == regressions(LADDER, more, 0.0) == []
