@@ -36,7 +36,7 @@ LENGTHS = (16, 64, 256, 1000, 2000)
 REPLAYS = 15
 SLOTS = 272  # 256 that decode, and as many as have chunks beside them
 LAST_KERNEL, FIRST_KERNEL = "_update", "_prepare"
-ATTENTION = {"decode attention": ("_decode_kernel", "_combine_kernel"), "chunk attention": ("_prefill_kernel",)}
+ATTENTION = {"decode attention": ("_decode_kernel",), "chunk attention": ("_prefill_kernel",)}
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,9 @@ class Steps:
         if not load.chunks:
             bucket = ladders.slots.fit(slots) or self._program.max_slots
             return GraphKey("decode", bucket, bucket, variant), GraphKey("decode", slots, slots, variant)
-        bucket = ladders.chunk_slots.fit(slots) or self._program.max_slots
-        padded = ladders.rows.fit(rows) or rows
+        shape = ladders.chunk_shape(slots, rows, len(load.chunks)) or ("mixed", rows, slots)
         served = self._program.mixed_variants.get(variant, variant)
-        return GraphKey("mixed", padded, min(bucket, padded), served), GraphKey("mixed", rows, slots, variant)
+        return GraphKey(*shape, served), GraphKey(shape[0], rows, slots, variant)
 
     def _set_up(self, load: Load) -> Callable[[], None]:
         """Fills the slots, and returns what fills them again."""
@@ -242,7 +241,7 @@ def main(arguments: list[str]) -> int:
         )  # fmt: skip
         started = time.perf_counter()
         with Engine(config) as engine:
-            mixed = [graph for graph in engine.manifest.graphs if graph.key.phase == "mixed"]
+            mixed = [graph for graph in engine.manifest.graphs if graph.key.has_chunks]
             results["start_s"] = time.perf_counter() - started
             results["ladder"] = {
                 "graphs": len(mixed),

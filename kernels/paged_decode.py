@@ -62,6 +62,7 @@ class DecodeSplits(NamedTuple):
 
 
 MOST_SPLITS = 32
+_MOST_OF_ALL = 8192  # of all rows: what their partial results take, 134 MB with 32 heads of 128
 
 
 def choose_decode_splits(rows: int, num_kv_heads: int, tile: int) -> DecodeSplits:
@@ -71,7 +72,8 @@ def choose_decode_splits(rows: int, num_kv_heads: int, tile: int) -> DecodeSplit
     splits pay where there are rows enough, but a split of 16 tiles is as long as any should be: the longest context
     must not outlast the others. The context takes no part: a graph holds the answer.
     """
-    return DecodeSplits(tile, size=min(16, max(1, -(-rows * num_kv_heads // 32))), most=MOST_SPLITS)
+    size = min(16, max(1, -(-rows * num_kv_heads // 32)))
+    return DecodeSplits(tile, size, most=max(1, min(MOST_SPLITS, _MOST_OF_ALL // max(1, rows))))
 
 
 def choose_decode_tile(head_dim: int, group: int, element_size: int) -> DecodeTile:

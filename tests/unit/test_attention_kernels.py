@@ -255,6 +255,11 @@ def test_on_an_h200_the_splits_of_contexts_of_500_tokens_fill_the_device() -> No
     assert counts == [512, 512, 512, 2048]  # of 1,056 programs that fit at the same time
 
 
+@given(rows=st.integers(1, 4096), context=st.integers(1, 200_000))
+def test_the_splits_of_all_rows_have_a_limit(rows: int, context: int) -> None:
+    assert rows * int(choose_decode_splits(rows, 8, 32).of(torch.tensor(context))) <= 8192
+
+
 @pytest.mark.parametrize(
     ("head_dim", "group", "element_size", "tile"),
     [
