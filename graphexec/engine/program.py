@@ -23,6 +23,7 @@ from graphexec.slots import SlotLimits, SlotState
 
 __all__ = ["DecoderProgram"]
 
+_ANY_TILE = 32  # where a reference attends, which splits nothing
 _PROMPT_ROWS = 256
 """Rows whose logits stand in memory at the same time when a prompt's log-probabilities are asked for."""
 
@@ -62,10 +63,11 @@ class DecoderProgram(StepProgram):
         self._with_constant_floats = torch._dynamo.config.patch(specialize_float=True)
         attention = decoder.attentions[0]
         self._num_kv_heads = attention.num_kv_heads
-        group = attention.num_heads // attention.num_kv_heads
-        self._decode_tile = choose_decode_tile(attention.head_dim, group, weight.element_size()).block_n
+        self._decode_tile = _ANY_TILE
         self._workspace: DecodeWorkspace | None = None
         if use_triton(weight):
+            group = attention.num_heads // attention.num_kv_heads
+            self._decode_tile = choose_decode_tile(attention.head_dim, group, weight.element_size()).block_n
             longest = torch.tensor(limits.max_tokens)
             splits = max(rows * int(self._splits(rows).of(longest)) for rows in range(1, limits.max_slots + 1))
             self._workspace = DecodeWorkspace.allocate(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -145,3 +148,19 @@ def test_the_bundled_model_names_its_license_and_is_small() -> None:
     folder = model_folder("tiny")
     assert model_license(folder) == "apache-2.0"
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 12_000_000
+
+
+def test_text_comes_without_triton() -> None:
+    """As after the README's first command: the CPU build of torch does not bring it."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from graphexec import Engine, EngineConfig, SamplingParams\n"
+        "with Engine(EngineConfig(device='cpu', max_num_seqs=2, max_model_len=64)) as engine:\n"
+        "    (output,) = engine.generate(['def add(left, right):'], SamplingParams(max_tokens=4, temperature=0))\n"
+        "print(len(output.token_ids))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
