@@ -194,21 +194,24 @@ def run(server: Server, given: argparse.Namespace, command: list[str]) -> int:
     }
     began = time.perf_counter()
     runs: list[Record] = []
-    results["runs"] = runs
+    skipped: list[float] = []
+    results |= {"runs": runs, "skipped": skipped}
     serve(server, draw_arrivals(math.inf, min(64, 2 * given.at_once), shape, seed=1))
     rates: list[float] = [math.inf, *sorted(given.rate)]
     for rate in rates:
         if time.perf_counter() - began > 60 * given.minutes:
-            results.setdefault("skipped", []).append(rate)  # type: ignore[attr-defined]
+            skipped.append(rate)
             continue
         count = given.at_once if math.isinf(rate) else max(2, round(rate * given.seconds))
-        record = {"rate": None if math.isinf(rate) else rate}
+        record: Record = {"rate": None if math.isinf(rate) else rate}
         record |= serve(server, draw_arrivals(rate, count, shape))
         runs.append(record)
         print(_line(server.name, record), flush=True)
         if given.json is not None:
             write_results(given.json, results)
-        if rate != math.inf and record["ttft_ms"]["p99"] > 1e3 * HIGHEST_TTFT_S:  # type: ignore[index]
+        ttft = record["ttft_ms"]
+        assert isinstance(ttft, dict)
+        if rate != math.inf and ttft["p99"] > 1e3 * HIGHEST_TTFT_S:
             break
     return 0
 

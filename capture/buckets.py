@@ -67,7 +67,7 @@ class Ladders(NamedTuple):
         slots: of a step without prompt chunks.
         rows: of a step with prompt chunks.
         chunk_slots: slots of a step with prompt chunks; none has more slots than rows. Of steps in which every slot
-            computes a chunk, the smallest size has graphs of its own: where few rows cost little, so should the rest.
+            computes a chunk, the smallest size has graphs of its own: short prompts alone, where each launch counts.
     """
 
     slots: BucketTable

@@ -114,8 +114,8 @@ class EngineConfig(_Config):
         max_num_batched_tokens: most rows of a step with prompt chunks; None for max(2048, max_num_seqs).
         max_chunk_tokens: most prompt tokens in a step that also decodes; None for no limit beside the former. With
             fewer the time between tokens is steadier, and first tokens come later.
-        long_prompt_share: of a step's prompt tokens, how large a share one prompt may take, 0 to 1. Below 1, short
-            prompts get past a long one.
+        long_prompt_share: of a step's prompt tokens, how large a share one prompt may take while others wait, 0 to 1.
+            Below 1, short prompts get past a long one.
         kv_block_size: tokens of a KV block, a power of two from 8 to 256.
         num_kv_blocks: KV blocks beside the reserved one; None to size the cache by the free memory.
         kv_memory_fraction: share of the free device memory that a cache sized by itself may take.

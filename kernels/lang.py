@@ -37,7 +37,15 @@ except ImportError:  # the CPU build of torch does not bring Triton; the referen
 
     triton = tl = _Missing()
 
-__all__ = ["launches_early", "settle_cache_folder", "tl", "triton", "use_triton", "wait_for_predecessor"]
+__all__ = [
+    "launches_early",
+    "multiprocessors",
+    "settle_cache_folder",
+    "tl",
+    "triton",
+    "use_triton",
+    "wait_for_predecessor",
+]
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
@@ -60,6 +68,16 @@ def launches_early(tensor: torch.Tensor) -> bool:
 @cache
 def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+def multiprocessors(tensor: torch.Tensor) -> int:
+    """Of the device of `tensor`; under the interpreter one, so that programs have several pieces of work."""
+    return _multiprocessors(tensor.get_device()) if tensor.is_cuda else 1
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

@@ -8,12 +8,11 @@ every mix of contexts, a long one does not hold up the others, and a row's bits 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from graphexec.kernels.lang import launches_early, tl, triton, use_triton, wait_for_predecessor
+from graphexec.kernels.lang import launches_early, multiprocessors, tl, triton, use_triton, wait_for_predecessor
 
 __all__ = [
     "DecodeSplits",
@@ -243,7 +242,7 @@ def paged_decode_triton(
         return out
     early = launches_early(query)
     group_padded = max(16, triton.next_power_of_2(group))
-    programs = min(rows * splits.most * num_kv_heads, programs_per_sm * _multiprocessors(query.get_device()))
+    programs = min(rows * splits.most * num_kv_heads, programs_per_sm * multiprocessors(query))
     _decode_kernel[(programs,)](
         query,
         k_cache,
@@ -277,12 +276,6 @@ def paged_decode_triton(
         launch_pdl=early,
     )
     return out
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    """Of a CUDA device; under the interpreter (device -1) one, so that programs have several pieces of work."""
-    return 1 if device < 0 else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

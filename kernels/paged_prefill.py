@@ -7,12 +7,11 @@ the chunks cost that are really there.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from graphexec.kernels.lang import launches_early, tl, triton, use_triton, wait_for_predecessor
+from graphexec.kernels.lang import launches_early, multiprocessors, tl, triton, use_triton, wait_for_predecessor
 from graphexec.kernels.paged_decode import gather_context
 
 __all__ = ["PrefillTile", "choose_prefill_tile", "paged_prefill", "paged_prefill_reference", "paged_prefill_triton"]
@@ -163,7 +162,7 @@ def paged_prefill_triton(
         return out
     early = launches_early(query)
     most = num_kv_heads * (rows // block_q + entries)  # each chunk may end in a tile that it does not fill
-    programs = min(most, tile.programs_per_sm * _multiprocessors(query.get_device()))
+    programs = min(most, tile.programs_per_sm * multiprocessors(query))
     _prefill_kernel[(programs,)](
         query,
         k_cache,
@@ -193,12 +192,6 @@ def paged_prefill_triton(
         launch_pdl=early,
     )
     return out
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    """Of a CUDA device; under the interpreter (device -1) a few, so that programs have work to share."""
-    return 3 if device < 0 else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

@@ -88,7 +88,6 @@ def prepare_reference(
     step.logit_rows[:count] = (ends - 1).int()
     step.info[0] = count
     step.info[1] = int(overflow)
-    step.info[2] = len(chunks)
 
 
 def prepare_triton(
@@ -154,7 +153,7 @@ def _prepare(
     chunk_slots,  # [bucket]
     chunk_start,  # [bucket + 1]
     logit_rows,  # [bucket]
-    info,  # [3]
+    info,  # [2]
     rows,
     bucket,
     shortest_chunk,
@@ -195,7 +194,6 @@ def _prepare(
     if slot == 0:
         tl.store(info, count)
         tl.store(info + 1, overflow.to(tl.int32))
-        tl.store(info + 2, count - singles)
         tl.store(chunk_start + bucket, total)
         tl.store(split_start + bucket, all_parts)
     tl.store(active_index + slot, tl.where(length > 0, index, -1))

@@ -178,7 +178,7 @@ class StepTensors:
         chunk_slots: `[S]` int32, slots with a chunk, then -1.
         chunk_start: `[S + 1]` int32, first row of each chunk, then the total of the rows.
         logit_rows: `[S]` int32, last row of each active slot, 0 for padding.
-        info: `[3]` int32, real_bsz, overflow, and the number of chunks.
+        info: `[2]` int32, real_bsz and overflow.
         tickets: `[2]` int32, the work that `paged_prefill` shares out; zero between its launches, not `prepare`'s.
     """
 
@@ -213,6 +213,6 @@ class StepTensors:
             chunk_slots=ints(max_slots) - 1,
             chunk_start=ints(max_slots + 1),
             logit_rows=ints(max_slots),
-            info=ints(3),
+            info=ints(2),
             tickets=ints(2),
         )

@@ -50,7 +50,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine, Poisoned], None
 
     def begin(engine: Engine, is_poisoned: Poisoned) -> None:
         def write(*args: object) -> torch.Tensor:
-            query = rope_write(*args)  # type: ignore[arg-type]
+            query = rope_write(*args)  # type: ignore[arg-type]  # whatever the operator was called with
             rows, v_cache, kv_slots = attention._rows.get(), args[7], args[8]
             assert isinstance(v_cache, torch.Tensor)
             assert isinstance(kv_slots, torch.Tensor)

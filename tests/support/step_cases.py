@@ -282,7 +282,7 @@ def _expected_rows(case: StepCase, shortest_chunk: int) -> dict[str, list[int]]:
         "chunk_slots": slotwise(chunks, -1),
         "chunk_start": slotwise(starts, total, more=1),
         "logit_rows": slotwise([last_row[index] for index in case.active], 0),
-        "info": [count, int(case.overflows), len(chunks)],
+        "info": [count, int(case.overflows)],
         "tickets": [POISON] * 2,
     }
 

@@ -197,7 +197,8 @@ class Scheduler:
         budget = self._max_batched_tokens - decoding
         if decoding:
             budget = min(budget, self._max_chunk_tokens)
-        most = max(1, int(budget * self._long_prompt_share))
+        crowded = len(self._prefilling) + len(self._waiting) > 1
+        most = max(1, int(budget * self._long_prompt_share)) if crowded else budget
         self._admit(deltas, self._continue_prompts(deltas, budget, most), most)
         # A request that waits for the slot of an aborted one needs a step that carries the release.
         if not self._chunks and not decoding and not (self._releases and self._waiting):
