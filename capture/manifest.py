@@ -28,6 +28,10 @@ class CapturedGraph:
         capture_s: seconds for capturing and instantiating it.
         fingerprint: equal for graphs of equal structure.
         verified: whether its replay was compared with the eager step.
+        pieces: graphs that it consists of: 1, or the segments between its eager breaks.
+        launches: how often a kernel is launched, by its name.
+        replay_us: microseconds from a launch until the device has done it, median of a few; None if nobody measured.
+        launch_us: microseconds of them that the host spends launching.
     """
 
     key: GraphKey
@@ -38,6 +42,10 @@ class CapturedGraph:
     capture_s: float
     fingerprint: str
     verified: bool
+    pieces: int = 1
+    launches: Mapping[str, int] = field(default_factory=dict)
+    replay_us: float | None = None
+    launch_us: float | None = None
 
 
 @dataclass(frozen=True)

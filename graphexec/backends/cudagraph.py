@@ -193,6 +193,7 @@ class CudaGraphBackend(ExecutionBackend):
             capture_s=captured - warm,
             fingerprint=info.fingerprint,
             verified=verifies,
+            launches=info.launches,
         )
 
     def _verify(self, key: GraphKey, pipeline: Pipeline, graphs: GraphSet) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -74,11 +74,13 @@ class GraphInfo:
         nodes: number of nodes of any kind.
         kernels: number of kernel nodes.
         fingerprint: hash over the nodes' kinds, kernel names and launch sizes; equal graphs have equal fingerprints.
+        launches: how often a kernel is launched, by its name.
     """
 
     nodes: int
     kernels: int
     fingerprint: str
+    launches: Mapping[str, int] = field(default_factory=dict)
 
 
 class Graph(ABC):

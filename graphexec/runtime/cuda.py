@@ -47,8 +47,8 @@ class CudaGraph(Graph):
         self.executable = executable
 
     def describe(self) -> GraphInfo:
-        nodes, kernels, fingerprint = cudart.describe_graph(self._graph)
-        return GraphInfo(nodes, kernels, fingerprint)
+        nodes, fingerprint, launches = cudart.describe_graph(self._graph)
+        return GraphInfo(nodes, sum(launches.values()), fingerprint, launches)
 
     def close(self) -> None:
         cudart.destroy_executable(self.executable)

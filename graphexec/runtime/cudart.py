@@ -6,6 +6,7 @@ The arity of some calls changed with cuda.bindings 13; nowhere else does the pro
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from typing import Any
 
 from cuda.bindings import driver, runtime
@@ -153,27 +154,28 @@ def destroy_graph(graph: Handle) -> None:
         _fail("cudaGraphDestroy", code)
 
 
-def describe_graph(graph: Handle) -> tuple[int, int, str]:
-    """Number of nodes, number of kernel nodes, and a hash over kinds, kernel names and launch sizes."""
+def describe_graph(graph: Handle) -> tuple[int, str, dict[str, int]]:
+    """Number of nodes, a hash over kinds, kernel names and launch sizes, and launches by kernel name."""
     graph = driver.CUgraph(int(graph))
     nodes = _driver("cuGraphGetNodes", driver.cuGraphGetNodes(graph, 0))[1]
     handles = _driver("cuGraphGetNodes", driver.cuGraphGetNodes(graph, nodes))[0] if nodes else []
-    digest, kernels = hashlib.sha256(), 0
+    digest, launches = hashlib.sha256(), Counter[str]()
     for node in handles:
         (kind,) = _driver("cuGraphNodeGetType", driver.cuGraphNodeGetType(node))
         digest.update(str(int(kind)).encode())
         if kind == driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL:
-            kernels += 1
-            digest.update(_kernel_text(node))
-    return int(nodes), kernels, digest.hexdigest()[:16]
+            name, sizes = _kernel(node)
+            launches[name] += 1
+            digest.update(f"{name}{sizes}".encode())
+    return int(nodes), digest.hexdigest()[:16], dict(launches)
 
 
-def _kernel_text(node: Handle) -> bytes:
+def _kernel(node: Handle) -> tuple[str, tuple[int, ...]]:
+    """Name, grid and block of a kernel node."""
     (launch,) = _driver("cuGraphKernelNodeGetParams", driver.cuGraphKernelNodeGetParams(node))
     sizes = (launch.gridDimX, launch.gridDimY, launch.gridDimZ, launch.blockDimX, launch.blockDimY, launch.blockDimZ)
     code, name = driver.cuFuncGetName(launch.func) if int(launch.func) else driver.cuKernelGetName(launch.kern)
-    shown = _decode(name) if code == driver.CUresult.CUDA_SUCCESS else "?"
-    return f"{shown}{sizes}".encode()
+    return _decode(name) if code == driver.CUresult.CUDA_SUCCESS else "?", sizes
 
 
 def _driver(call: str, result: tuple[Handle, ...]) -> tuple[Handle, ...]:
