@@ -55,7 +55,11 @@ class EagerBackend(ExecutionBackend):
 
     def stats(self) -> BackendStats:
         assert self._pipeline is not None, "prepare() comes first"
-        return BackendStats(self._pipeline.controller.stats(), 0)
+        return BackendStats(self._pipeline.controller.stats(), 0, {"decode": "off", "prefill": "off"})
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        assert self._pipeline is not None, "prepare() comes first"
+        self._pipeline.enqueue(work)
 
     def close(self) -> None:
         if self._pipeline is not None:
@@ -63,6 +67,6 @@ class EagerBackend(ExecutionBackend):
 
 
 class _CountingLauncher(EagerLauncher):
-    def step(self, key: GraphKey) -> Callable[[], None]:
+    def step(self, key: GraphKey, plan: StepPlan) -> Callable[[], None]:
         self.pipeline.controller.count_eager("idle" if key.phase == "idle" else "eager backend")
-        return super().step(key)
+        return super().step(key, plan)
