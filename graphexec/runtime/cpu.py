@@ -85,7 +85,7 @@ class CpuGraph(Graph):
 
         def run(call: BreakCall) -> None:
             met.append(call)
-            call.function(*call.arguments)
+            call.prepared()()
 
         with running(step), cutting(run, self._cuts):
             self.work()

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -84,7 +85,7 @@ class CudaPieces(Graph):
 def _call_of(piece: CudaGraph | BreakCall, stream: cudart.Handle) -> Callable[[], None]:
     if isinstance(piece, CudaGraph):
         return partial(cudart.launch_graph, piece.executable, stream)
-    return partial(piece.function, *piece.arguments)
+    return piece.prepared()
 
 
 class Recorder:
@@ -111,7 +112,7 @@ class Recorder:
         if cudart.is_empty(self._pieces[-1]):  # nothing lies between two breaks
             cudart.destroy_graph(self._pieces.pop())
         arguments = tree_map_only(torch.Tensor, _address_of, call.arguments)
-        self._pieces.append(BreakCall(call.function, arguments))
+        self._pieces.append(replace(call, arguments=arguments))
         self.begin()
 
     def instantiate(self) -> CudaGraph | CudaPieces:
