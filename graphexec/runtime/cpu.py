@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 
 from graphexec.errors import DeviceError
+from graphexec.runtime.arguments import NodeArguments
 from graphexec.runtime.base import Event, Graph, GraphInfo, Pool, Runtime, Stream
 
 __all__ = ["CpuEvent", "CpuGraph", "CpuRuntime", "CpuStream"]
@@ -68,6 +69,9 @@ class CpuGraph(Graph):
 
     def describe(self) -> GraphInfo:
         return GraphInfo(nodes=1, kernels=0, fingerprint=hashlib.sha256(self._name.encode()).hexdigest()[:16])
+
+    def arguments(self) -> list[NodeArguments]:
+        return [NodeArguments(self._name, "call", (), None, "on the CPU a graph is a call, without parameters to read")]
 
     def close(self) -> None:
         pass

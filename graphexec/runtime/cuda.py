@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 import torch
 
 from graphexec.errors import DeviceError
-from graphexec.runtime import cudart
+from graphexec.runtime import cudart, graph_nodes
+from graphexec.runtime.arguments import NodeArguments
 from graphexec.runtime.base import Event, Graph, GraphInfo, Pool, Runtime, Stream
 
 __all__ = ["CudaEvent", "CudaGraph", "CudaRuntime", "CudaStream"]
@@ -47,8 +48,11 @@ class CudaGraph(Graph):
         self.executable = executable
 
     def describe(self) -> GraphInfo:
-        nodes, fingerprint, launches = cudart.describe_graph(self._graph)
+        nodes, fingerprint, launches = graph_nodes.describe_graph(self._graph)
         return GraphInfo(nodes, sum(launches.values()), fingerprint, launches)
+
+    def arguments(self) -> list[NodeArguments]:
+        return graph_nodes.read_arguments(self._graph)
 
     def close(self) -> None:
         cudart.destroy_executable(self.executable)
