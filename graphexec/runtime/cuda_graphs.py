@@ -13,7 +13,8 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from graphexec.errors import DeviceError
-from graphexec.runtime import cudart
+from graphexec.runtime import cudart, graph_nodes
+from graphexec.runtime.arguments import NodeArguments
 from graphexec.runtime.base import Graph, GraphInfo
 from graphexec.runtime.breaks import BreakCall
 
@@ -28,8 +29,11 @@ class CudaGraph(Graph):
         self.executable = executable
 
     def describe(self) -> GraphInfo:
-        nodes, fingerprint, launches = cudart.describe_graph(self._graph)
+        nodes, fingerprint, launches = graph_nodes.describe_graph(self._graph)
         return GraphInfo(nodes, sum(launches.values()), fingerprint, launches)
+
+    def arguments(self) -> list[NodeArguments]:
+        return graph_nodes.read_arguments(self._graph)
 
     @property
     def has_breaks(self) -> bool:
@@ -75,6 +79,9 @@ class CudaPieces(Graph):
             fingerprint=hashlib.sha256(" ".join(words).encode()).hexdigest()[:16],
             launches=launches,
         )
+
+    def arguments(self) -> list[NodeArguments]:
+        return [node for graph in self._graphs for node in graph.arguments()]
 
     def close(self) -> None:
         self._calls.clear()
