@@ -8,13 +8,13 @@ padding, nor have names and sizes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphexec.errors import CaptureError
 from graphexec.plan import GraphKey
 from graphexec.runtime.arguments import POINTER_BYTES, Argument, NodeArguments
 
-__all__ = ["Captures", "FrozenCheck", "compare_captures"]
+__all__ = ["Captures", "FrozenCheck", "compare_captures", "confirmed"]
 
 Captures = tuple[Sequence[NodeArguments], Sequence[NodeArguments]]
 """The nodes of two captures of a step under the same metadata."""
@@ -58,6 +58,16 @@ class FrozenCheck:
                 f"A host number was frozen into the graph of the {self.key}: {self.leaks[0]}{others}. "
                 "Put it into the key, or keep it on the device."
             )
+
+
+def confirmed(found: FrozenCheck, again: FrozenCheck) -> FrozenCheck:
+    """`found` with those leaks that other captures show in the same place: what padding held does not repeat itself."""
+    places = {_place(leak) for leak in again.leaks}
+    return replace(found, leaks=tuple(leak for leak in found.leaks if _place(leak) in places))
+
+
+def _place(leak: str) -> str:
+    return leak.split(" hold ")[0].split(" is launched with ")[0]
 
 
 def compare_captures(key: GraphKey, first: Captures, second: Captures) -> FrozenCheck:

@@ -162,70 +162,88 @@ def _apply(
     CHUNK: tl.constexpr,
 ):
     index = tl.program_id(0)
-    if index == 0:
-        tl.store(last_delta, tl.load(staging + 1))
     count = tl.load(staging)
+    step = tl.load(staging + 1)
+    if index == 0:
+        tl.store(last_delta, step)
     if index >= count:
         return
     entry = staging + _HEADER + index * (_ENTRY + STOP_IDS)
     payload = staging + _HEADER + count * (_ENTRY + STOP_IDS)
+
+    # The batch lies in the host's memory, and a read takes a microsecond: all that hangs on nothing else is read at
+    # once, in three rounds (number of entries, entry, payload), and before the first store, which no read may overtake.
     slot = tl.load(entry + _SLOT)
     flags = tl.load(entry + _FLAGS)
+    new_query_len = tl.load(entry + _QUERY_LEN)
+    new_seq_len = tl.load(entry + _SEQ_LEN)
+    first_token = tl.load(entry + _FIRST_TOKEN)
+    tokens = tl.load(entry + _TOKENS)
+    token_source = payload + tl.load(entry + _TOKEN_OFFSET)
+    first_block = tl.load(entry + _FIRST_BLOCK)
+    blocks = tl.load(entry + _BLOCKS)
+    block_source = payload + tl.load(entry + _BLOCK_OFFSET)
+    biases = tl.load(entry + _BIASES)
+    bias_source = payload + tl.load(entry + _BIAS_OFFSET)
+    sequences = tl.load(entry + _SEQUENCES)
+    sequence_source = payload + tl.load(entry + _SEQUENCE_OFFSET)
+    word = tl.arange(0, _WORD_LANES)
+    values = tl.load(entry + _PARAMETERS + word, mask=word < _WORDS, other=0)
+    stop_lane = tl.arange(0, STOP_LANES)
+    stops = tl.load(entry + _ENTRY + stop_lane, mask=stop_lane < STOP_IDS, other=-1)
+
+    is_admitted = flags & _ADMIT != 0
+    lane = tl.arange(0, CHUNK)
+    first_tokens = tl.load(token_source + lane, mask=lane < tokens, other=0)
+    first_blocks = tl.load(block_source + lane, mask=lane < blocks, other=0)
+    bias_lane = tl.arange(0, BIAS_LANES)
+    has_bias = is_admitted & (bias_lane < biases)
+    ids = tl.load(bias_source + bias_lane, mask=has_bias, other=-1)
+    bits = tl.load(bias_source + biases + bias_lane, mask=has_bias, other=0)
+    sequence_lane = tl.arange(0, SEQUENCE_LANES)
+    in_sequence = is_admitted & (sequence_lane < sequences * SEQUENCE_TOKENS)
+    sequence_tokens = tl.load(sequence_source + sequence_lane, mask=in_sequence, other=-1)
+
     # The slot's new values are kept in registers and stored once: within a program, a load after a store by another
     # thread would need a barrier.
     query_len = tl.load(query_lens + slot)
     is_parked = tl.load(parked + slot)
     seq_len = tl.load(seq_lens + slot)
     held_blocks = tl.load(num_blocks + slot)
-    if flags & _ADMIT:
+    if is_admitted:
         query_len = query_len * 0
         is_parked = is_parked * 0
         held_blocks = held_blocks * 0
-        seq_len = tl.load(entry + _SEQ_LEN)
-        word = tl.arange(0, _WORD_LANES)
+        seq_len = new_seq_len
         wide = word - _NARROW
         in_wide = (_NARROW + wide // 2 * 2) * STRIDE + 2 * slot + wide % 2
         place = tl.where(word < _NARROW, word * STRIDE + slot, in_wide)
-        values = tl.load(entry + _PARAMETERS + word, mask=word < _WORDS, other=0)
         tl.store(parameters + place, values, mask=word < _WORDS)
-        biases = tl.load(entry + _BIASES)
-        source = payload + tl.load(entry + _BIAS_OFFSET)
-        lane = tl.arange(0, BIAS_LANES)
-        ids = tl.load(source + lane, mask=lane < biases, other=-1)
-        bits = tl.load(source + biases + lane, mask=lane < biases, other=0)
-        tl.store(bias_ids + slot * BIASES + lane, ids, mask=lane < BIASES)
-        tl.store(bias_values + slot * BIASES + lane, bits.to(tl.float32, bitcast=True), mask=lane < biases)
-        sequences = tl.load(entry + _SEQUENCES)
-        source = payload + tl.load(entry + _SEQUENCE_OFFSET)
-        lane = tl.arange(0, SEQUENCE_LANES)
-        used = lane < sequences * SEQUENCE_TOKENS
-        tl.store(stop_sequences + slot * SEQUENCE_WORDS + lane, tl.load(source + lane, mask=used, other=-1), mask=used)
+        tl.store(bias_ids + slot * BIASES + bias_lane, ids, mask=bias_lane < BIASES)
+        weights = bits.to(tl.float32, bitcast=True)
+        tl.store(bias_values + slot * BIASES + bias_lane, weights, mask=has_bias)
+        tl.store(stop_sequences + slot * SEQUENCE_WORDS + sequence_lane, sequence_tokens, mask=in_sequence)
         tl.store(num_stop_sequences + slot, sequences)
-        lane = tl.arange(0, STOP_LANES)
-        stops = tl.load(entry + _ENTRY + lane, mask=lane < STOP_IDS, other=-1)
-        tl.store(stop_ids + slot * STOP_IDS + lane, stops, mask=lane < STOP_IDS)
-    first_token = tl.load(entry + _FIRST_TOKEN)
-    tokens = tl.load(entry + _TOKENS)
-    source = payload + tl.load(entry + _TOKEN_OFFSET)
-    for done in range(0, tokens, CHUNK):
-        offset = done + tl.arange(0, CHUNK)
-        values = tl.load(source + offset, mask=offset < tokens, other=0)
-        target = token_ids + slot.to(tl.int64) * MAX_TOKENS + first_token
-        tl.store(target + offset, values, mask=offset < tokens)
-    first_block = tl.load(entry + _FIRST_BLOCK)
-    blocks = tl.load(entry + _BLOCKS)
-    source = payload + tl.load(entry + _BLOCK_OFFSET)
-    for done in range(0, blocks, CHUNK):
-        offset = done + tl.arange(0, CHUNK)
-        values = tl.load(source + offset, mask=offset < blocks, other=0)
-        tl.store(block_tables + slot * MAX_BLOCKS + first_block + offset, values, mask=offset < blocks)
+        tl.store(stop_ids + slot * STOP_IDS + stop_lane, stops, mask=stop_lane < STOP_IDS)
+    target = token_ids + slot.to(tl.int64) * MAX_TOKENS + first_token
+    tl.store(target + lane, first_tokens, mask=lane < tokens)
+    for done in range(CHUNK, tokens, CHUNK):
+        offset = done + lane
+        more = tl.load(token_source + offset, mask=offset < tokens, other=0)
+        tl.store(target + offset, more, mask=offset < tokens)
+    block_target = block_tables + slot * MAX_BLOCKS + first_block
+    tl.store(block_target + lane, first_blocks, mask=lane < blocks)
+    for done in range(CHUNK, blocks, CHUNK):
+        offset = done + lane
+        more = tl.load(block_source + offset, mask=offset < blocks, other=0)
+        tl.store(block_target + offset, more, mask=offset < blocks)
     if blocks > 0:
         held_blocks = first_block + blocks
         if (is_parked != 0) & (seq_len // BLOCK_SIZE < held_blocks):
             is_parked = is_parked * 0
             query_len = query_len * 0 + 1
     if flags & _ARM:
-        query_len = tl.load(entry + _QUERY_LEN)
+        query_len = new_query_len
     if flags & _RELEASE:
         query_len = query_len * 0
         is_parked = is_parked * 0

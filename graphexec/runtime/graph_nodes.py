@@ -173,9 +173,9 @@ def _parameter_sizes(launch: Handle) -> list[int]:
 
 
 def _masked(value: bytes, addresses: _Addresses) -> Argument:
-    starts = range(0, len(value) - POINTER_BYTES + 1, POINTER_BYTES)
+    starts = range(0, len(value) - POINTER_BYTES + 1, POINTER_BYTES // 2)  # padding need not be aligned as pointers are
     words = {at: int.from_bytes(value[at : at + POINTER_BYTES], "little") for at in starts}
-    pointers = tuple(at for at, word in words.items() if word in addresses)
+    pointers = tuple(at for at, word in words.items() if at % POINTER_BYTES == 0 and word in addresses)
     leftovers = tuple(at for at, word in words.items() if addresses.of_host(word))
     data = bytearray(value)
     for at in (*pointers, *leftovers):

@@ -14,7 +14,7 @@ from examples.collatz import Collatz
 from graphexec import BackendConfig, CaptureError, ConfigError, GraphKey, check_frozen, create_runtime
 from graphexec.backends.frozen import capture_twice
 from graphexec.backends.stepping import open_pipeline
-from graphexec.capture.frozen import FrozenCheck, compare_captures
+from graphexec.capture.frozen import FrozenCheck, compare_captures, confirmed
 from graphexec.pipeline import Pipeline
 from graphexec.runtime import Stream
 from graphexec.runtime.arguments import Argument, NodeArguments
@@ -116,6 +116,16 @@ def test_what_the_hosts_memory_left_in_padding_is_no_leak_and_not_checked(others
         found = check_argument(*captures)
         assert found.leaks == ()
         assert found.noise == ("node 1, scale, argument 2: bytes 8 to 15 of 16",)
+
+
+def test_a_leak_is_confirmed_where_it_shows_again_whatever_the_numbers() -> None:
+    counter = check_argument(*(number(value) for value in (7, 10, 8, 9)))
+    later = check_argument(*(number(value) for value in (11, 12, 13, 14)))
+    assert confirmed(counter, later) == counter
+    grid = check(*[kernel(grid=3)] * 2, *[kernel(grid=5)] * 2)
+    assert confirmed(grid, check(*[kernel(grid=4)] * 2, *[kernel(grid=5)] * 2)) == grid
+    assert confirmed(counter, check_argument(*[number(7)] * 4)).leaks == ()
+    assert confirmed(grid, counter).leaks == ()
 
 
 def test_an_address_instead_of_none_is_a_leak() -> None:
