@@ -9,6 +9,8 @@ replay by the device's own clock.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.load import random_prompts, steady_decode, timed_generate
 from bench.replay import Contexts, Inside, inside, timed_launches
 from bench.shapes import SHAPES, engine_config, write_config
-from graphexec import BackendConfig, Engine
+from graphexec import BackendConfig, Engine, RunningStep, StepPlan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -87,6 +89,26 @@ def one_call(benchmark: BenchmarkFixture, parts: Inside, call: Callable[[], obje
 def test_graph_launch(benchmark: BenchmarkFixture, parts: Inside, batch: int) -> None:
     graph, compute = parts.graph(batch), parts.pipeline.compute
     one_call(benchmark, parts, lambda: compute.launch(graph))
+
+
+@pytest.mark.benchmark(group="host cost of a call")
+def test_launch_of_a_step_in_pieces(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+    """A decode step of 64 slots, cut at the attention of each of 28 layers: 29 graphs and 28 calls between them."""
+    folder = write_config(SHAPE, tmp_path)
+    backend = BackendConfig(capture_sizes=(64, 256), decode="piecewise", prefill="off", verify=False)
+    with Engine(engine_config(SHAPE, folder, backend, device="cuda")) as engine:
+        parts = inside(engine)
+        key = parts.key(64)
+        step = RunningStep(key, StepPlan(key.variant), None)
+        contexts = Contexts(64, SHAPE.prompt_tokens, SHAPE.prompt_tokens + TOKENS)
+        with parts.borrowed():
+            graph, pipeline = parts.graph(64), parts.pipeline
+            pipeline.compute.run(lambda: parts.set_contexts(contexts))
+            launch = partial(pipeline.compute.launch, graph, step)
+            benchmark.pedantic(launch, setup=pipeline.synchronize, rounds=TOKENS - 40, warmup_rounds=20)
+            pipeline.synchronize()
+            parts.check_moved(contexts, TOKENS - 20)
+    benchmark.extra_info["pieces"] = graph.pieces
 
 
 @pytest.mark.benchmark(group="host cost of a call")
