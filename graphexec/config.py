@@ -66,6 +66,7 @@ class BackendConfig(_Config):
             Nobody refuses idle steps, steps that report log-probabilities of a prompt, and phases that are "off".
         verify: compare every graph with the eager step after its capture, or none; None: on CUDA those of decode steps,
             and the largest, the middle and the smallest of steps with prompt chunks (a CPU graph is the step).
+        measure: time a few replays of every graph in the warm-up, for its manifest.
         step_timeout_s: seconds after which a step that has not finished is an error.
         overlap_depth: has moved to EngineConfig, which takes it from here with a FutureWarning; no backend reads it.
         overlap_prefill: has moved likewise.
@@ -81,6 +82,7 @@ class BackendConfig(_Config):
     lazy_capture: bool = False
     strict: bool = False
     verify: bool | None = None
+    measure: bool = False
     step_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     overlap_depth: OverlapDepth | None = None
     overlap_prefill: bool | None = None

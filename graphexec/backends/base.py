@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from graphexec.capture.manifest import Manifest
+from graphexec.capture.traffic import Traffic
 from graphexec.controller import ControllerStats
 from graphexec.plan import GraphKey, StepHandle, StepPlan, StepProgram
 
@@ -23,10 +24,12 @@ class BackendStats:
     Attributes:
         controller: bounds, real sizes, padding, and eager steps by reason.
         replays: steps that ran as a graph.
+        traffic: steps submitted, by their size.
     """
 
     controller: ControllerStats
     replays: int
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 class ExecutionBackend(ABC):

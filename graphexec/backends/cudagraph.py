@@ -96,7 +96,7 @@ class CudaGraphBackend(ExecutionBackend):
 
     def stats(self) -> BackendStats:
         pipeline, _ = self._prepared()
-        return BackendStats(pipeline.controller.stats(), self._launcher.replays)
+        return BackendStats(pipeline.controller.stats(), self._launcher.replays, pipeline.traffic.traffic())
 
     def close(self) -> None:
         if self._pipeline is not None:

@@ -55,7 +55,7 @@ class EagerBackend(ExecutionBackend):
 
     def stats(self) -> BackendStats:
         assert self._pipeline is not None, "prepare() comes first"
-        return BackendStats(self._pipeline.controller.stats(), 0)
+        return BackendStats(self._pipeline.controller.stats(), 0, self._pipeline.traffic.traffic())
 
     def close(self) -> None:
         if self._pipeline is not None:
