@@ -6,9 +6,10 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from graphexec.config import CaptureMode
 from graphexec.errors import CaptureError
 from graphexec.plan import GraphKey
-from graphexec.runtime import Graph, Runtime, Stream
+from graphexec.runtime import Cuts, Graph, Runtime, Stream
 
 __all__ = ["GraphSet", "frozen_garbage_collection"]
 
@@ -52,8 +53,13 @@ class GraphSet:
         """The graph of a key, or None if there is none."""
         return self._graphs.get(key)
 
-    def capture(self, key: GraphKey, work: Callable[[], None]) -> Graph:
-        """Captures `work` as the graph for `key`.
+    def mode(self, has_chunks: bool) -> CaptureMode:
+        """Whether steps with prompt chunks, or those without, have graphs in pieces."""
+        in_pieces = any(graph.pieces > 1 for key, graph in self._graphs.items() if key.has_chunks is has_chunks)
+        return "piecewise" if in_pieces else "full"
+
+    def capture(self, key: GraphKey, work: Callable[[], None], cuts: Cuts = Cuts.NONE) -> Graph:
+        """Captures `work` as the graph for `key`, in pieces where it meets eager breaks that `cuts` honours.
 
         Raises:
             CaptureError: the set is sealed, or the capture failed; the cause is chained, and other graphs still work.
@@ -61,11 +67,12 @@ class GraphSet:
         if self._sealed:
             raise CaptureError(f"The graph set is sealed, and has no graph for the {key}.")
         try:
-            graph = self._runtime.capture(work, self._stream, self._pool)
+            graph = self._runtime.capture(work, self._stream, self._pool, cuts)
         except Exception as failure:
             raise CaptureError(
                 f"Capturing the {key} failed: {type(failure).__name__}: {failure} "
-                "A captured step must not wait for the device, read values on the host, or allocate outside torch."
+                "A captured step must not wait for the device, read values on the host, or allocate outside torch; "
+                "what must can be an eager break (graphexec.eager_break)."
             ) from failure
         self._graphs[key] = graph
         return graph

@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphexec.errors import CaptureError
+from graphexec.runtime.breaks import BreakCall, Cuts, cutting
 
 __all__ = ["capture_lint"]
 
@@ -37,17 +39,26 @@ _OPERATORS = {
 }
 _METHODS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.__array__}
 _OURS = "graphexec.kernels"
+_in_break: ContextVar[bool] = ContextVar("graphexec_lint_in_break", default=False)
 _NOT_THE_CAUSE = ("torch", __name__, "contextlib")
 
 
 @contextmanager
-def capture_lint() -> Iterator[None]:
-    """Inside, operations that a capture would refuse raise.
+def capture_lint(cuts: Cuts = Cuts.NONE) -> Iterator[None]:
+    """Inside, operations that a capture would refuse raise, except in eager breaks that `cuts` honours.
 
     Raises:
         CaptureError: names the operation, why it is refused, and the line that asked for it.
     """
-    with _Methods(), _Operators():  # type: ignore[no-untyped-call]  # torch's class
+
+    def run(call: BreakCall) -> None:
+        token = _in_break.set(cuts.honours(call.optional))
+        try:
+            call.function(*call.arguments)
+        finally:
+            _in_break.reset(token)
+
+    with _Methods(), _Operators(), cutting(run, Cuts.ALL):  # type: ignore[no-untyped-call]  # torch's class
         yield
 
 
@@ -83,7 +94,9 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
 
 def _refuse(operation: str, reason: str) -> None:
-    """Raises, unless a reference of ours asked for the operation."""
+    """Raises, unless an eager break or a reference of ours asked for the operation."""
+    if _in_break.get():
+        return
     frame: FrameType | None = sys._getframe(2)
     cause: FrameType | None = None
     while frame is not None:

@@ -28,7 +28,7 @@ from graphexec.plan import (
     StepProgram,
     StepResult,
 )
-from graphexec.runtime import create_runtime
+from graphexec.runtime import RunningStep, create_runtime, eager_break, running_step
 
 if TYPE_CHECKING:
     from graphexec.engine import Engine, RequestOutput, SamplingParams
@@ -51,6 +51,7 @@ __all__ = [
     "RecordLayout",
     "RequestError",
     "RequestOutput",
+    "RunningStep",
     "SamplingParams",
     "StepHandle",
     "StepPlan",
@@ -60,6 +61,8 @@ __all__ = [
     "check_capturable",
     "create_backend",
     "create_runtime",
+    "eager_break",
+    "running_step",
 ]
 
 _OF_ENGINE = ("Engine", "RequestOutput", "SamplingParams")

@@ -29,7 +29,7 @@ __all__ = [
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 CompileMode = Literal["model", "layer", "off"]
-CaptureMode = Literal["full", "off"]
+CaptureMode = Literal["full", "piecewise", "off"]
 BACKEND_GROUP = "graphexec.backends"
 """Entry-point group of backends: callables `(config, runtime) -> ExecutionBackend`."""
 _BUILT_IN = ("cudagraph", "eager")
@@ -57,7 +57,9 @@ class BackendConfig(_Config):
         capture_sizes: batch sizes (slots) to capture; None for 1, 2, 4, then steps of 8 to 256, then of 16.
         prefill_sizes: padded row counts of steps with prompt chunks; None for a ladder of about 12 % steps.
         prefill_slots: padded slot counts of steps with prompt chunks; None for 8, 32, 96 and all.
-        decode: "full" replays a whole graph for a step without prompt chunks, "off" runs it eagerly; None for "full".
+        decode: how steps without prompt chunks run. "full" replays a whole graph; "piecewise" the pieces between the
+            program's eager breaks, the optional ones too; "off" runs them eagerly. None: whole, unless the program
+            marks a break that is not optional.
         prefill: the same of steps with prompt chunks.
         variants: variants whose graphs are captured in the warm-up; None for those that the program calls common. The
             others are captured, shape by shape, on first use.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from graphexec.capture.buckets import Ladders
@@ -35,8 +36,8 @@ class Launcher(Protocol):
     def upload(self, staging_slot: int, words: int) -> Callable[[], None]:
         """The call that enqueues the upload of the first words of a staging slot, and their application."""
 
-    def step(self, key: GraphKey) -> Callable[[], None]:
-        """The call that enqueues the step of this shape."""
+    def step(self, key: GraphKey, plan: StepPlan) -> Callable[[], None]:
+        """The call that enqueues the step of this shape; `plan` is for its eager breaks."""
 
 
 class PipelineHandle(StepHandle):
@@ -89,6 +90,7 @@ class Pipeline:
             self.traffic = TrafficCounter(program.max_slots, program.max_rows)
             self.wait_s = 0.0
             self._program = program
+            self._plans_on_host = type(program).before_launch is not StepProgram.before_launch
             self.ladders = ladders
             self._timeout_s = timeout_s
             self._next_step = 0
@@ -143,13 +145,15 @@ class Pipeline:
                 upload = self._stage(plan.delta, step, launcher)
                 bound = self.controller.next_bound()
                 key = self.shape(plan, bound)
-                launch = launcher.step(key)
+                launch = launcher.step(key, plan)
             except BaseException:
                 self.records.release(step)
                 raise
             try:
                 if upload is not None:
                     upload()
+                if self._plans_on_host:
+                    self.compute.run(partial(self._program.before_launch, key, plan))
                 launch()
                 self.records.copy_out(step, self.compute, self._copy, self._record_words(key))
             except BaseException as failure:
@@ -158,6 +162,12 @@ class Pipeline:
             self._next_step = step + 1
             self._count(plan, bound, key)
             return PipelineHandle(self, step, key, bound, self._last_delta)
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        """What `ExecutionBackend.enqueue` does."""
+        with self.runtime.activated():
+            self._raise_if_broken()
+            self.compute.run(work)
 
     def _check_variant(self, plan: StepPlan) -> None:
         program = self._program

@@ -244,6 +244,8 @@ class StepProgram(ABC):
     """Largest number of rows of a step. `max_slots * rows_per_slot` for a program that takes no prompt chunks."""
     rows_per_slot: int = 1
     """Rows that a decoding slot computes in a step."""
+    host: object = None
+    """What eager breaks find as `running_step().host`, e.g. the planner of an attention library."""
 
     @abstractmethod
     def bind(self, io: DeviceIO) -> None:
@@ -258,6 +260,14 @@ class StepProgram(ABC):
         """Runs one step of this shape: reads the slots, writes them and the record, counts up.
 
         In the phase "idle" nothing runs (rows and bucket are 0); the record is written all the same.
+        """
+
+    def before_launch(self, key: GraphKey, plan: StepPlan) -> None:  # noqa: B027  # most programs have nothing to plan
+        """Does the host's part of a step: before every launch, and behind the application of the plan's delta.
+
+        Like `step` it enqueues device work on the current stream, in the order of steps, e.g. a copy into buffers that
+        a whole graph reads. In a warm-up it follows `exercise`, with a plan that has no delta. After an error the
+        pipeline is broken: the delta is on the device, and its step is not.
         """
 
     @abstractmethod

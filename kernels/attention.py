@@ -17,6 +17,7 @@ from graphexec.kernels.paged_decode import DecodeSplits, DecodeWorkspace, paged_
 from graphexec.kernels.paged_prefill import paged_prefill
 from graphexec.kernels.rope_write import rope_write
 from graphexec.kernels.state import SlotTensors, StepTensors
+from graphexec.runtime import eager_break
 
 __all__ = ["AttentionRows", "attention_rows", "paged_attention", "paged_attention_op"]
 
@@ -84,10 +85,24 @@ def paged_attention(
         `[T, H * D]`; rows of padding hold anything.
     """
     rows = _rows.get()
-    step, slots = rows.step, rows.slots
-    kv_slots = step.kv_slots[: rows.rows]
+    kv_slots = rows.step.kv_slots[: rows.rows]
     query = rope_write(qkv, cos, sin, q_norm, k_norm, norm_eps, k_cache, v_cache, kv_slots, num_heads)
     out = torch.empty_like(query)
+    _attend(rows, query, k_cache, v_cache, scale, out)
+    return out.flatten(1)
+
+
+@eager_break(optional=True)  # nothing here needs the host; a graph in pieces shows what such graphs cost
+def _attend(
+    rows: AttentionRows,
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Attention of all rows, `[T, H, D]` queries to `out` of the same shape."""
+    step, slots = rows.step, rows.slots
     if rows.splits is not None:
         # The first rows are those of slots that compute one token; at the first chunk `decode_slots` becomes -1.
         single = slice(rows.bucket)
@@ -101,7 +116,6 @@ def paged_attention(
     if rows.has_chunks:
         chunks = step.chunk_slots[: rows.bucket], step.chunk_start[: rows.bucket + 1]
         paged_prefill(query, k_cache, v_cache, slots.block_tables, *chunks, slots.seq_lens, scale, step.tickets, out)
-    return out.flatten(1)
 
 
 def _attend_shape(

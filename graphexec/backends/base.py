@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from graphexec.capture.manifest import Manifest
 from graphexec.capture.traffic import Traffic
+from graphexec.config import CaptureMode
 from graphexec.controller import ControllerStats
 from graphexec.plan import GraphKey, StepHandle, StepPlan, StepProgram
 
@@ -23,12 +24,14 @@ class BackendStats:
 
     Attributes:
         controller: bounds, real sizes, padding, and eager steps by reason.
-        replays: steps that ran as a graph.
+        replays: steps that ran as a graph, whole or in pieces.
+        modes: which kind of graph serves "decode", steps without prompt chunks, and "prefill", those with chunks.
         traffic: steps submitted, by their size.
     """
 
     controller: ControllerStats
     replays: int
+    modes: Mapping[str, CaptureMode]
     traffic: Traffic = field(default_factory=Traffic)
 
 
@@ -59,6 +62,18 @@ class ExecutionBackend(ABC):
 
         Raises:
             PipelineFull: too many steps were not collected.
+            DeviceError: the device has failed.
+        """
+
+    @abstractmethod
+    def enqueue(self, work: Callable[[], None]) -> None:
+        """Enqueues work of one's own, e.g. new weights: behind all steps submitted so far, before all later ones.
+
+        On CUDA `work` is called now, with the compute stream current: what it launches there is in order by itself,
+        and with events of torch's it can make that stream wait for another one, or another one for it. On the CPU it is
+        called when its turn comes. It must not replace tensors that steps use; graphs hold their addresses.
+
+        Raises:
             DeviceError: the device has failed.
         """
 

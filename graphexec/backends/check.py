@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from graphexec.backends.stepping import keys_of, open_pipeline, smallest_keys
+from graphexec.backends.stepping import cuts_of, keys_of, open_pipeline, rehearse, smallest_keys
 from graphexec.capture.lint import capture_lint
 from graphexec.config import BackendConfig
 from graphexec.errors import CaptureError
 from graphexec.plan import GraphKey, StepProgram
-from graphexec.runtime import create_runtime
+from graphexec.runtime import Cuts, create_runtime
 
 __all__ = ["check_capturable"]
 
@@ -38,17 +38,17 @@ def check_capturable(program: StepProgram, config: BackendConfig | None = None) 
         with runtime.activated():
             for key in keys:
                 program.exercise(key, torch.Generator().manual_seed(0))
-                _check(program, key)
+                _check(program, key, cuts_of(config, key))
     finally:
         pipeline.close()
     return keys
 
 
-def _check(program: StepProgram, key: GraphKey) -> None:
+def _check(program: StepProgram, key: GraphKey, cuts: Cuts) -> None:
     before = [(tensor.data_ptr(), tensor.shape) for tensor in program.state()]
     try:
-        with capture_lint():
-            program.step(key)
+        with capture_lint(cuts):
+            rehearse(program, key)
     except CaptureError as refusal:
         raise CaptureError(f"The {key} cannot be captured: {refusal}") from None
     after = [(tensor.data_ptr(), tensor.shape) for tensor in program.state()]

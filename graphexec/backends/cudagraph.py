@@ -6,15 +6,19 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import torch
 
 from graphexec.backends.base import BackendStats, ExecutionBackend, Progress
 from graphexec.backends.stepping import (
     EagerLauncher,
+    cuts_of,
     keys_of,
     open_pipeline,
     preserved_state,
+    rehearsal,
+    rehearse,
     run_once,
     smallest_keys,
     takes_chunks,
@@ -24,14 +28,15 @@ from graphexec.capture.buckets import Ladders
 from graphexec.capture.graph_set import GraphSet, frozen_garbage_collection
 from graphexec.capture.manifest import CapturedGraph, Manifest
 from graphexec.capture.verify import check_record, check_written, compare, poison, snapshot
-from graphexec.config import BackendConfig
+from graphexec.config import BackendConfig, CaptureMode
 from graphexec.errors import CaptureError, ConfigError, GraphexecError
 from graphexec.pipeline import Pipeline
 from graphexec.plan import GraphKey, StepHandle, StepPlan, StepProgram
-from graphexec.runtime import Graph, Runtime
+from graphexec.runtime import Graph, RunningStep, Runtime, running
 
 __all__ = ["CudaGraphBackend"]
 
+_TIMED_REPLAYS = 5
 _log = logging.getLogger(__name__)
 
 
@@ -95,8 +100,16 @@ class CudaGraphBackend(ExecutionBackend):
         return 0.0 if self._pipeline is None else self._pipeline.wait_s * 1e6
 
     def stats(self) -> BackendStats:
+        pipeline, graphs = self._prepared()
+        modes: dict[str, CaptureMode] = {
+            "decode": self._config.decode or graphs.mode(has_chunks=False),
+            "prefill": self._config.prefill or graphs.mode(has_chunks=True),
+        }
+        return BackendStats(pipeline.controller.stats(), self._launcher.replays, modes, pipeline.traffic.traffic())
+
+    def enqueue(self, work: Callable[[], None]) -> None:
         pipeline, _ = self._prepared()
-        return BackendStats(pipeline.controller.stats(), self._launcher.replays, pipeline.traffic.traffic())
+        pipeline.enqueue(work)
 
     def close(self) -> None:
         if self._pipeline is not None:
@@ -178,11 +191,12 @@ class CudaGraphBackend(ExecutionBackend):
             self._runtime.trim()  # the first capture makes the pool grow, and cannot use what torch merely caches
         used_before = self._runtime.used()
         warm = time.perf_counter()
-        graph = graphs.capture(key, partial(self._program.step, key))  # which holds nothing of the pipeline
+        graph = self._launcher.capture(key)
         captured = time.perf_counter()
         pool_bytes = self._runtime.used() - used_before
         if verifies:
             self._verify(key, pipeline, graphs)
+        replay_us, launch_us = self._time(key, pipeline, graph) if self._config.measure else (None, None)
         info = graph.describe()
         return CapturedGraph(
             key=key,
@@ -193,13 +207,34 @@ class CudaGraphBackend(ExecutionBackend):
             capture_s=captured - warm,
             fingerprint=info.fingerprint,
             verified=verifies,
+            pieces=graph.pieces,
             launches=info.launches,
+            replay_us=replay_us,
+            launch_us=launch_us,
         )
+
+    def _time(self, key: GraphKey, pipeline: Pipeline, graph: Graph) -> tuple[float, float]:
+        """Microseconds from a launch until the device has done it, and of the launch alone; medians."""
+        program, compute, step = self._program, pipeline.compute, rehearsal(self._program, key)
+        replays, launches = [], []
+        for _ in range(_TIMED_REPLAYS):
+            generator = torch.Generator().manual_seed(key.rows)
+            compute.run(partial(program.exercise, key, generator))
+            compute.run(partial(program.before_launch, key, step.plan))
+            pipeline.synchronize()
+            started = time.perf_counter()
+            compute.launch(graph, step)
+            launched = time.perf_counter()
+            pipeline.synchronize()
+            replays.append(time.perf_counter() - started)
+            launches.append(launched - started)
+        return median(replays) * 1e6, median(launches) * 1e6
 
     def _verify(self, key: GraphKey, pipeline: Pipeline, graphs: GraphSet) -> None:
         graph = graphs.get(key)
         assert graph is not None
         program, compute = self._program, pipeline.compute
+        step = rehearsal(program, key)
         generator = torch.Generator().manual_seed(key.rows)
         state = [*program.state(), pipeline.io.ring, pipeline.io.counter]
         observed = list(program.observed(key))
@@ -211,7 +246,7 @@ class CudaGraphBackend(ExecutionBackend):
             program.exercise(key, generator)
             poison([pipeline.io.ring, *observed])
             inputs.extend(snapshot(state))
-            program.step(key)
+            rehearse(program, key)
             eager.extend(snapshot([*state, *observed]))
             for tensor, value in zip(state, inputs, strict=True):
                 tensor.copy_(value)
@@ -219,7 +254,8 @@ class CudaGraphBackend(ExecutionBackend):
             program.spoil(key)
 
         compute.run(run_eagerly)
-        compute.launch(graph)
+        compute.run(lambda: program.before_launch(key, step.plan))
+        compute.launch(graph, step)
         compute.run(lambda: replayed.extend(snapshot([*state, *observed])))
         pipeline.synchronize()
         check_written(key, eager[len(state) :])
@@ -270,7 +306,17 @@ class _GraphLauncher(EagerLauncher):
         else:
             self.pipeline.compute.launch(self._apply_graph)
 
-    def step(self, key: GraphKey) -> Callable[[], None]:
+    def capture(self, key: GraphKey) -> Graph:
+        """Captures the graph of a key, in the pieces that the configuration asks for.
+
+        Raises:
+            CaptureError: names the step and the cause.
+        """
+        with running(rehearsal(self.program, key)):  # for breaks that the graph goes through
+            # The work holds nothing of the pipeline: a graph must not be what keeps one.
+            return self._graphs.capture(key, partial(self.program.step, key), cuts_of(self._config, key))
+
+    def step(self, key: GraphKey, plan: StepPlan) -> Callable[[], None]:
         graph = self._graphs.get(key)
         if graph is None:
             by_design = self._eager_by_design(key)
@@ -283,8 +329,10 @@ class _GraphLauncher(EagerLauncher):
                         f"{'prefill_sizes' if key.has_chunks else 'capture_sizes'}, or set strict=false."
                     )
                 self.pipeline.controller.count_eager(by_design or "no graph")
-                return super().step(key)
+                return super().step(key, plan)
         self.replays += 1
+        if graph.has_breaks:
+            return partial(self.pipeline.compute.launch, graph, RunningStep(key, plan, self.program.host))
         return partial(self.pipeline.compute.launch, graph)
 
     def _eager_by_design(self, key: GraphKey) -> str | None:
@@ -302,12 +350,11 @@ class _GraphLauncher(EagerLauncher):
         The warm-up runs the coming step itself and takes its effect on the slots back; the KV that it writes, the real
         step will write again.
         """
-        work = partial(self.program.step, key)
         try:
             with preserved_state(self.program, self.pipeline), frozen_garbage_collection():
-                self.pipeline.compute.run(work)
+                self.pipeline.compute.run(partial(rehearse, self.program, key))
                 self.pipeline.synchronize()
-                return self._graphs.capture(key, work)
+                return self.capture(key)
         except (CaptureError, torch.OutOfMemoryError) as failure:
             _log.warning("No graph for the %s: %s", key, failure)
             self._refused.add(key)  # or every step of this shape would drain the pipeline and try again

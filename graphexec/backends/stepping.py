@@ -11,17 +11,20 @@ import torch
 from graphexec.capture.buckets import BucketTable, Ladders, chunk_slot_ladder, default_ladder, row_ladder
 from graphexec.config import BackendConfig
 from graphexec.pipeline import Pipeline
-from graphexec.plan import GraphKey, StepProgram
+from graphexec.plan import GraphKey, StepPlan, StepProgram
 from graphexec.rings import StagingRing
-from graphexec.runtime import Runtime, Stream
+from graphexec.runtime import Cuts, RunningStep, Runtime, Stream, running
 
 __all__ = [
     "EagerLauncher",
     "Uploads",
+    "cuts_of",
     "keys_of",
     "ladders_of",
     "open_pipeline",
     "preserved_state",
+    "rehearsal",
+    "rehearse",
     "run_once",
     "smallest_keys",
     "takes_chunks",
@@ -98,8 +101,9 @@ class EagerLauncher:
         """Enqueues the application of what was uploaded."""
         self.pipeline.compute.run(self.uploads.apply)
 
-    def step(self, key: GraphKey) -> Callable[[], None]:
-        return partial(self.pipeline.compute.run, partial(self.program.step, key))
+    def step(self, key: GraphKey, plan: StepPlan) -> Callable[[], None]:
+        step = RunningStep(key, plan, self.program.host)
+        return partial(self.pipeline.compute.run, partial(_run_step, self.program, step))
 
 
 def keys_of(config: BackendConfig, program: StepProgram, ladders: Ladders) -> list[GraphKey]:
@@ -115,6 +119,12 @@ def keys_of(config: BackendConfig, program: StepProgram, ladders: Ladders) -> li
             for variant in program.variants
         ]
     return keys
+
+
+def cuts_of(config: BackendConfig, key: GraphKey) -> Cuts:
+    """At which eager breaks the graph of a step ends a piece."""
+    mode = config.prefill if key.has_chunks else config.decode
+    return {None: Cuts.MARKED, "piecewise": Cuts.ALL}.get(mode, Cuts.NONE)
 
 
 def takes_chunks(program: StepProgram) -> bool:
@@ -143,11 +153,28 @@ def _by_phase_and_variant(keys: Sequence[GraphKey]) -> list[list[GraphKey]]:
     return list(groups.values())
 
 
+def rehearsal(program: StepProgram, key: GraphKey) -> RunningStep:
+    """What eager breaks are told where no request is served."""
+    return RunningStep(key, StepPlan(key.variant), program.host)
+
+
+def rehearse(program: StepProgram, key: GraphKey) -> None:
+    """Runs one step of this shape as ordinary calls, over the slots as they are."""
+    step = rehearsal(program, key)
+    program.before_launch(key, step.plan)
+    _run_step(program, step)
+
+
+def _run_step(program: StepProgram, step: RunningStep) -> None:
+    with running(step):
+        program.step(step.key)
+
+
 def run_once(program: StepProgram, pipeline: Pipeline, key: GraphKey) -> None:
     """Runs one eager step of this shape over random valid inputs and waits for it."""
     generator = torch.Generator().manual_seed(_WARMUP_SEED + key.rows)
     pipeline.compute.run(lambda: program.exercise(key, generator))
-    pipeline.compute.run(lambda: program.step(key))
+    pipeline.compute.run(lambda: rehearse(program, key))
     pipeline.synchronize()
 
 

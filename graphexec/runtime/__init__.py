@@ -6,9 +6,23 @@ import torch
 
 from graphexec.errors import ConfigError
 from graphexec.runtime.base import Event, Graph, GraphInfo, Runtime, Stream
+from graphexec.runtime.breaks import Cuts, RunningStep, eager_break, running, running_step
 from graphexec.runtime.cpu import CpuRuntime
 
-__all__ = ["CpuRuntime", "Event", "Graph", "GraphInfo", "Runtime", "Stream", "create_runtime"]
+__all__ = [
+    "CpuRuntime",
+    "Cuts",
+    "Event",
+    "Graph",
+    "GraphInfo",
+    "RunningStep",
+    "Runtime",
+    "Stream",
+    "create_runtime",
+    "eager_break",
+    "running",
+    "running_step",
+]
 
 
 def create_runtime(device: torch.device | str) -> Runtime:

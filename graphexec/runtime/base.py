@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from graphexec.runtime.breaks import Cuts, RunningStep
+
 __all__ = ["Event", "Graph", "GraphInfo", "Pool", "Runtime", "Stream"]
 
 Pool = object
@@ -54,8 +56,8 @@ class Stream(ABC):
         """Makes later work of this stream wait for the latest record of `event`. Does not block the host."""
 
     @abstractmethod
-    def launch(self, graph: Graph) -> None:
-        """Enqueues one replay of `graph`."""
+    def launch(self, graph: Graph, step: RunningStep | None = None) -> None:
+        """Enqueues one replay of `graph`; a graph that `has_breaks` needs the step that they belong to."""
 
     @abstractmethod
     def check(self) -> None:
@@ -84,7 +86,17 @@ class GraphInfo:
 
 
 class Graph(ABC):
-    """A captured piece of device work that replays over the same addresses."""
+    """Captured device work that replays over the same addresses, whole or in pieces with eager breaks between them."""
+
+    @property
+    @abstractmethod
+    def has_breaks(self) -> bool:
+        """Whether a replay calls eager breaks (on the CPU: whether it may)."""
+
+    @property
+    @abstractmethod
+    def pieces(self) -> int:
+        """Graphs that it consists of: one, or those between its eager breaks (on the CPU: as of its latest replay)."""
 
     @abstractmethod
     def describe(self) -> GraphInfo:
@@ -121,8 +133,8 @@ class Runtime(ABC):
         """A new memory pool for graphs whose replays never overlap."""
 
     @abstractmethod
-    def capture(self, work: Callable[[], None], stream: Stream, pool: Pool) -> Graph:
-        """Captures what `work` enqueues as a graph; nothing runs.
+    def capture(self, work: Callable[[], None], stream: Stream, pool: Pool, cuts: Cuts = Cuts.NONE) -> Graph:
+        """Captures what `work` enqueues, in pieces where it meets eager breaks that `cuts` honours; nothing runs.
 
         A failure leaves the stream, the pool and the random generators as they were before.
 

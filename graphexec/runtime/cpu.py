@@ -11,11 +11,14 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
+from functools import partial
 
 import torch
 
 from graphexec.errors import DeviceError
 from graphexec.runtime.base import Event, Graph, GraphInfo, Pool, Runtime, Stream
+from graphexec.runtime.breaks import BreakCall, Cuts, RunningStep, cutting, running
 
 __all__ = ["CpuEvent", "CpuGraph", "CpuRuntime", "CpuStream"]
 
@@ -60,14 +63,37 @@ class CpuEvent(Event):
 
 
 class CpuGraph(Graph):
-    """A call over fixed buffers."""
+    """A call over fixed buffers. How many pieces it has, only its replays tell: nothing runs in its capture."""
 
-    def __init__(self, work: Callable[[], None], name: str) -> None:
+    def __init__(self, work: Callable[[], None], name: str, cuts: Cuts = Cuts.NONE) -> None:
         self.work = work
         self._name = name
+        self._cuts = cuts
+        self._breaks = 0
+
+    @property
+    def has_breaks(self) -> bool:
+        return self._cuts is not Cuts.NONE
+
+    @property
+    def pieces(self) -> int:
+        return 1 + self._breaks
+
+    def replay(self, step: RunningStep) -> None:
+        """Runs the call, with its eager breaks, for `step`."""
+        met: list[BreakCall] = []
+
+        def run(call: BreakCall) -> None:
+            met.append(call)
+            call.function(*call.arguments)
+
+        with running(step), cutting(run, self._cuts):
+            self.work()
+        self._breaks = len(met)
 
     def describe(self) -> GraphInfo:
-        return GraphInfo(nodes=1, kernels=0, fingerprint=hashlib.sha256(self._name.encode()).hexdigest()[:16])
+        fingerprint = hashlib.sha256(self._name.encode()).hexdigest()[:16]
+        return GraphInfo(nodes=1, kernels=0, fingerprint=fingerprint)
 
     def close(self) -> None:
         pass
@@ -105,9 +131,13 @@ class CpuStream(Stream):
         generation = event.asked()
         self._work.put((lambda: _wait(event, generation), True))
 
-    def launch(self, graph: Graph) -> None:
+    def launch(self, graph: Graph, step: RunningStep | None = None) -> None:
         assert isinstance(graph, CpuGraph)
-        self.run(graph.work)
+        if graph.has_breaks:
+            assert step is not None, "eager breaks ask which step they belong to"
+            self.run(partial(graph.replay, step))
+        else:
+            self.run(graph.work)
 
     def check(self) -> None:
         if self._failure is not None:
@@ -162,8 +192,10 @@ class CpuRuntime(Runtime):
     def pool(self) -> Pool:
         return None
 
-    def capture(self, work: Callable[[], None], stream: Stream, pool: Pool) -> CpuGraph:
-        return CpuGraph(work, getattr(work, "__qualname__", type(work).__name__))
+    def capture(self, work: Callable[[], None], stream: Stream, pool: Pool, cuts: Cuts = Cuts.NONE) -> CpuGraph:
+        name = getattr(work, "__qualname__", type(work).__name__)
+        frozen = partial(copy_context().run, work) if cuts is Cuts.NONE else work  # with its context, as a number is
+        return CpuGraph(frozen, name, cuts)
 
     def memory(self) -> tuple[int, int]:
         page = os.sysconf("SC_PAGE_SIZE")

@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 
-from graphexec.errors import DeviceError
 from graphexec.runtime import cudart
-from graphexec.runtime.base import Event, Graph, GraphInfo, Pool, Runtime, Stream
+from graphexec.runtime.base import Event, Graph, Pool, Runtime, Stream
+from graphexec.runtime.breaks import Cuts, RunningStep, cutting, running
+from graphexec.runtime.cuda_graphs import CudaGraph, CudaPieces, Recorder
 
-__all__ = ["CudaEvent", "CudaGraph", "CudaRuntime", "CudaStream"]
+__all__ = ["CudaEvent", "CudaRuntime", "CudaStream"]
 
 _YIELD_S = 5e-3
 _SLEEP_S = 50e-6
@@ -37,22 +38,6 @@ class CudaEvent(Event):
 
     def close(self) -> None:
         cudart.destroy_event(self.handle)
-
-
-class CudaGraph(Graph):
-    """An instantiated graph and the graph that it was made from."""
-
-    def __init__(self, graph: object, executable: object) -> None:
-        self._graph = graph
-        self.executable = executable
-
-    def describe(self) -> GraphInfo:
-        nodes, fingerprint, launches = cudart.describe_graph(self._graph)
-        return GraphInfo(nodes, sum(launches.values()), fingerprint, launches)
-
-    def close(self) -> None:
-        cudart.destroy_executable(self.executable)
-        cudart.destroy_graph(self._graph)
 
 
 class CudaStream(Stream):
@@ -78,9 +63,14 @@ class CudaStream(Stream):
         assert isinstance(event, CudaEvent)
         cudart.stream_wait_event(self.handle, event.handle)
 
-    def launch(self, graph: Graph) -> None:
-        assert isinstance(graph, CudaGraph)
-        cudart.launch_graph(graph.executable, self.handle)
+    def launch(self, graph: Graph, step: RunningStep | None = None) -> None:
+        if isinstance(graph, CudaGraph):
+            cudart.launch_graph(graph.executable, self.handle)
+        else:
+            assert isinstance(graph, CudaPieces)
+            assert step is not None, "eager breaks ask which step they belong to"
+            with torch.cuda.stream(self.torch_stream), running(step):
+                graph.replay()
 
     def check(self) -> None:
         cudart.query_stream(self.handle)
@@ -114,27 +104,28 @@ class CudaRuntime(Runtime):
         with torch.cuda.device(self._index):  # a pool belongs to the device that is current when it is made
             return torch.cuda.MemPool()
 
-    def capture(self, work: Callable[[], None], stream: Stream, pool: Pool) -> CudaGraph:
+    def capture(
+        self, work: Callable[[], None], stream: Stream, pool: Pool, cuts: Cuts = Cuts.NONE
+    ) -> CudaGraph | CudaPieces:
         # torch.cuda.graph would register torch's random generators with the graph, and a capture that fails leaves
         # them and the pool marked as capturing for good. Nothing here draws from them, so the capture is our own.
         assert isinstance(stream, CudaStream)
         assert isinstance(pool, torch.cuda.MemPool)
         sync_mode = torch.cuda.get_sync_debug_mode()
-        with torch.cuda.stream(stream.torch_stream), torch.cuda.use_mem_pool(pool, self.device):
-            cudart.begin_capture(stream.handle)
-            try:
-                torch.cuda.set_sync_debug_mode("error")
-                work()
-            except BaseException:
-                _abandon(stream)
-                raise
-            finally:
-                torch.cuda.set_sync_debug_mode(sync_mode)
-            graph = cudart.end_capture(stream.handle)
+        recorder = Recorder(stream.handle)
         try:
-            return CudaGraph(graph, cudart.instantiate(graph, stream.handle))
+            with torch.cuda.stream(stream.torch_stream), torch.cuda.use_mem_pool(pool, self.device):
+                recorder.begin()
+                try:
+                    torch.cuda.set_sync_debug_mode("error")
+                    with cutting(recorder.cut, cuts):
+                        work()
+                finally:
+                    torch.cuda.set_sync_debug_mode(sync_mode)
+                recorder.end()
+            return recorder.instantiate()
         except BaseException:
-            cudart.destroy_graph(graph)
+            recorder.abandon()
             raise
 
     def memory(self) -> tuple[int, int]:
@@ -157,11 +148,6 @@ class CudaRuntime(Runtime):
 
     def close_stream(self, stream: Stream) -> None:
         pass  # torch owns its streams
-
-
-def _abandon(stream: CudaStream) -> None:
-    with suppress(DeviceError):  # the capture may have been invalidated, and has ended all the same
-        cudart.destroy_graph(cudart.end_capture(stream.handle))
 
 
 def _poll(ready: Callable[[], bool], timeout_s: float) -> bool:

@@ -24,6 +24,7 @@ __all__ = [
     "destroy_graph",
     "end_capture",
     "instantiate",
+    "is_empty",
     "launch_graph",
     "query_event",
     "query_stream",
@@ -122,6 +123,14 @@ def end_capture(stream: Handle) -> Handle:
     if code != _SUCCESS:
         _fail("cudaStreamEndCapture", code)
     return graph
+
+
+def is_empty(graph: Handle) -> bool:
+    """Whether a graph has no nodes."""
+    code, _, count = runtime.cudaGraphGetNodes(graph, 0)
+    if code != _SUCCESS:
+        _fail("cudaGraphGetNodes", code)
+    return int(count) == 0
 
 
 def instantiate(graph: Handle, stream: Handle) -> Handle:

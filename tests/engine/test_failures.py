@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ def test_a_graph_that_writes_no_kv_is_found_out(checkpoint: Path, monkeypatch: p
 
     real_capture = CpuRuntime.capture
 
-    def capture_without_kv(self: CpuRuntime, work: partial[None], stream: Stream, pool: object) -> object:
+    def capture_without_kv(self: CpuRuntime, work: partial[None], stream: Stream, pool: object, *rest: Any) -> object:
         def replay() -> None:
             import graphexec.kernels.attention as attention
 
@@ -204,7 +205,7 @@ def test_a_graph_that_writes_no_kv_is_found_out(checkpoint: Path, monkeypatch: p
                 patch.setattr(attention, "rope_write", lambda *args: real(*args[:8], nowhere[: len(args[8])], args[9]))
                 work()
 
-        return real_capture(self, replay, stream, pool)
+        return real_capture(self, replay, stream, pool, *rest)
 
     monkeypatch.setattr(CpuRuntime, "capture", capture_without_kv)
     with pytest.raises(CaptureError, match="computes something else"):

@@ -27,10 +27,11 @@ LAZY = (("capture_sizes", (1,)), ("lazy_capture", True))
 SPARSE = (("capture_sizes", (3,)),)
 SHORT_CHUNKS = (("max_chunk_tokens", 5), ("long_prompt_share", 0.5), ("variants", ("greedy", "shaped")))
 EAGER_PROMPTS = (("prefill", "off"), ("decode", "full"))
+IN_PIECES = (("prefill", "piecewise"), ("decode", "piecewise"))
 
 # backend, depth, KV blocks of 8 tokens (24 hold three long requests of eight), whether prompt chunks overlap, and
 # further settings: graphs made when they are first needed, batches for which there is none, prompts in small pieces,
-# and prompts without graphs
+# prompts without graphs, and graphs in pieces
 SETTINGS = [
     ("eager", 1, 200, True),
     ("cudagraph", 0, 24, True),
@@ -43,6 +44,7 @@ SETTINGS = [
     ("cudagraph", 2, 24, True, SPARSE),
     ("cudagraph", 2, 24, True, SHORT_CHUNKS),
     ("cudagraph", 1, 24, True, EAGER_PROMPTS),
+    ("cudagraph", 2, 24, True, IN_PIECES),
 ]
 
 

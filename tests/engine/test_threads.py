@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from graphexec import Engine, GraphexecError, GraphKey, RequestError, SamplingParams
+from graphexec import Engine, GraphexecError, GraphKey, RequestError, SamplingParams, StepPlan
 from graphexec.runtime import CpuRuntime, Event
 from graphexec.runtime.cpu import CpuEvent, CpuStream
 from tests.support.symbolic_program import symbolic_engine, tokens_alone
@@ -160,10 +160,10 @@ def test_closing_while_another_thread_steps_uses_nothing_that_was_freed(
     launcher = engine._backend._launcher
     choose = launcher.step
 
-    def choose_slowly(key: GraphKey) -> Callable[[], None]:
+    def choose_slowly(key: GraphKey, plan: StepPlan) -> Callable[[], None]:
         """In the middle of a submit, before its events are recorded."""
         time.sleep(0.004)
-        return choose(key)
+        return choose(key, plan)
 
     monkeypatch.setattr(launcher, "step", choose_slowly)
     for number in range(4):

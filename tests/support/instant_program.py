@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -21,6 +23,7 @@ from graphexec.pipeline import Pipeline, PipelineHandle
 from graphexec.plan import Delta, DeviceIO, GraphKey, Int32Array, RecordLayout, StepPlan, StepProgram, StepResult
 from graphexec.runtime import CpuRuntime, Stream
 from graphexec.runtime.base import Pool
+from graphexec.runtime.breaks import Cuts, cutting
 from graphexec.runtime.cpu import CpuEvent, CpuGraph, CpuStream
 from graphexec.slots import SlotLimits, SlotState
 
@@ -76,13 +79,16 @@ class WatchedRuntime(CpuRuntime):
     def event(self) -> CpuEvent:
         return _WatchedEvent(self.freed)
 
-    def capture(self, work: Callable[[], None], stream: Stream, pool: Pool) -> CpuGraph:
+    def capture(self, work: Callable[[], None], stream: Stream, pool: Pool, cuts: Cuts = Cuts.NONE) -> CpuGraph:
         self._capturing_thread = threading.get_ident()
         try:
-            work()
+            with cutting(lambda call: None, cuts):
+                work()
         finally:
             self._capturing_thread = None
-        return _WatchedGraph(work, [(number, number.value) for number in self.frozen], self)
+        if cuts is Cuts.NONE:  # its context is frozen, too
+            work = partial(copy_context().run, work)
+        return _WatchedGraph(work, [(number, number.value) for number in self.frozen], self, cuts)
 
     def close_stream(self, stream: Stream) -> None:
         self.freed.append("stream")
@@ -118,8 +124,10 @@ class _WatchedEvent(CpuEvent):
 class _WatchedGraph(CpuGraph):
     """Replays with the host numbers that it was captured with, as a CUDA graph does."""
 
-    def __init__(self, work: Callable[[], None], frozen: list[tuple[HostNumber, int]], runtime: WatchedRuntime) -> None:
-        super().__init__(self._replay, "watched")
+    def __init__(
+        self, work: Callable[[], None], frozen: list[tuple[HostNumber, int]], runtime: WatchedRuntime, cuts: Cuts
+    ) -> None:
+        super().__init__(self._replay, "watched", cuts)
         self._captured = work
         self._frozen = frozen
         self._runtime = runtime

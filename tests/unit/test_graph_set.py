@@ -17,6 +17,7 @@ from graphexec.errors import CaptureError
 from graphexec.plan import GraphKey
 from graphexec.runtime import Stream
 from graphexec.runtime.base import Pool
+from graphexec.runtime.breaks import Cuts
 from graphexec.runtime.cpu import CpuGraph, CpuStream
 from tests.support.instant_program import PATIENCE_S, WatchedRuntime
 
@@ -33,9 +34,9 @@ class PoolWatchingRuntime(WatchedRuntime):
     def pool(self) -> Pool:
         return object()
 
-    def capture(self, work: Callable[[], None], stream: Stream, pool: Pool) -> CpuGraph:
+    def capture(self, work: Callable[[], None], stream: Stream, pool: Pool, cuts: Cuts = Cuts.NONE) -> CpuGraph:
         self.pools.append(pool)
-        return super().capture(work, stream, pool)
+        return super().capture(work, stream, pool, cuts)
 
 
 @pytest.fixture

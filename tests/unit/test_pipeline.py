@@ -592,7 +592,7 @@ class _Refusing:
             raise _RefusalError
         return self.rig.launcher.upload(staging_slot, words)
 
-    def step(self, key: GraphKey) -> object:
+    def step(self, key: GraphKey, plan: StepPlan) -> object:
         raise _RefusalError
 
 
@@ -607,8 +607,8 @@ class _BreakingHalfway:
     def upload(self, staging_slot: int, words: int) -> object:
         return self._fail if self.fails_in == "upload" else self.rig.launcher.upload(staging_slot, words)
 
-    def step(self, key: GraphKey) -> object:
-        return self._fail if self.fails_in == "step" else self.rig.launcher.step(key)
+    def step(self, key: GraphKey, plan: StepPlan) -> object:
+        return self._fail if self.fails_in == "step" else self.rig.launcher.step(key, plan)
 
     def _fail(self) -> None:
         raise self.error

@@ -1,0 +1,168 @@
+"""Eager breaks: operations that a captured step leaves out, and that run as ordinary calls between its pieces.
+
+A program marks them; who captures says with `cutting` what becomes of them; who launches says with `running` for which
+step. A break outlives neither of its inputs nor its outputs: it keeps their addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import Enum
+from functools import update_wrapper
+from typing import overload
+
+import torch
+
+from graphexec.errors import CaptureError
+from graphexec.plan import GraphKey, StepPlan
+
+__all__ = ["BreakCall", "Cuts", "EagerBreak", "RunningStep", "cutting", "eager_break", "running", "running_step"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunningStep:
+    """The step that an eager break belongs to.
+
+    Attributes:
+        key: its padded shape.
+        plan: what it should do, as it was submitted. In a warm-up it has no delta: `exercise` has set the slots.
+        host: the program's `host`.
+    """
+
+    key: GraphKey
+    plan: StepPlan
+    host: object
+
+
+class Cuts(Enum):
+    """At which eager breaks a capture ends a piece."""
+
+    NONE = "none"
+    MARKED = "marked"
+    """At all but the optional ones."""
+    ALL = "all"
+
+    def honours(self, optional: bool) -> bool:
+        """Whether a piece ends at a break that is optional, or at one that is not."""
+        return self is Cuts.ALL or (self is Cuts.MARKED and not optional)
+
+
+@dataclass(frozen=True, slots=True)
+class BreakCall:
+    """One call of an eager break."""
+
+    function: Callable[..., None]
+    arguments: tuple[object, ...]
+    optional: bool = False
+
+
+Cutter = Callable[[BreakCall], None]
+
+_running: ContextVar[RunningStep] = ContextVar("graphexec_running_step")
+_cutter: ContextVar[tuple[Cutter, Cuts] | None] = ContextVar("graphexec_cutter", default=None)
+
+
+def running_step() -> RunningStep:
+    """The running step, for an eager break.
+
+    Raises:
+        LookupError: no step of a backend is running.
+    """
+    return _running.get()
+
+
+@contextmanager
+def running(step: RunningStep) -> Iterator[None]:
+    """Within the block, eager breaks belong to `step`."""
+    token = _running.set(step)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+@contextmanager
+def cutting(cutter: Cutter, cuts: Cuts) -> Iterator[None]:
+    """Within the block, eager breaks at which `cuts` ends a piece go to `cutter` and do not run by themselves."""
+    token = _cutter.set((cutter, cuts))
+    try:
+        yield
+    finally:
+        _cutter.reset(token)
+
+
+class EagerBreak:
+    """A function at which a capture in pieces ends one piece and begins the next. Made by `eager_break`."""
+
+    def __init__(self, function: Callable[..., None], writes: Sequence[str] | None, optional: bool) -> None:
+        self.optional = optional
+        self._function = function
+        self._operator = None if writes is None else _operator(function, self._break, writes)
+        update_wrapper(self, function)
+
+    def __call__(self, *arguments: object) -> None:
+        if self._operator is not None and torch.compiler.is_compiling():
+            self._operator(*arguments)
+        else:
+            self._break(*arguments)
+
+    def _break(self, *arguments: object) -> None:
+        cutter, cuts = _cutter.get() or (None, Cuts.NONE)
+        if cutter is not None and cuts.honours(self.optional):
+            cutter(BreakCall(self._function, arguments, self.optional))
+        elif self._function(*arguments) is not None:
+            raise CaptureError(
+                f"The eager break {self._function.__qualname__} returns something. What runs behind it was captured, "
+                "and finds its results only where an output of the program's own is: write into an argument."
+            )
+
+
+@overload
+def eager_break(function: Callable[..., None], /) -> EagerBreak: ...
+@overload
+def eager_break(
+    *, writes: Sequence[str] | None = None, optional: bool = False
+) -> Callable[[Callable[..., None]], EagerBreak]: ...
+def eager_break(
+    function: Callable[..., None] | None = None, /, *, writes: Sequence[str] | None = None, optional: bool = False
+) -> EagerBreak | Callable[[Callable[..., None]], EagerBreak]:
+    """Marks a function that no graph can hold: work that the host plans for each step, or that reads the device.
+
+    Captured in pieces, a step is graph, call, graph, call, ...: each replay calls the function again, on the compute
+    stream, with the arguments of the capture: tensors at the same addresses, everything else as it was. `running_step`
+    tells it the step's own key and plan, and the program's host object. It returns nothing; it writes into tensors that
+    it is given, which belong to the pool of the graphs if the step allocated them.
+
+    While a step runs eagerly the function is an ordinary call, and in a capture of a whole graph it is captured.
+
+    Args:
+        writes: names of the parameters that it writes to. The function becomes an operator that torch.compile does not
+            look into, and needs annotations that `torch.library.infer_schema` understands. None: an ordinary function,
+            which compiled code cannot contain.
+        optional: whether a capture by default ("None") goes through it, and only "piecewise" breaks here.
+    """
+
+    def mark(function: Callable[..., None]) -> EagerBreak:
+        return EagerBreak(function, writes, optional)
+
+    return mark if function is None else mark(function)
+
+
+_LIBRARY = torch.library.Library("graphexec_breaks", "DEF")  # type: ignore[no-untyped-call]  # torch's class
+
+
+def _operator(
+    function: Callable[..., None], implementation: Callable[..., None], writes: Sequence[str]
+) -> Callable[..., None]:
+    """Registers `implementation` under the signature of `function`."""
+    name = f"{function.__module__}.{function.__qualname__}".replace(".", "_").replace("<locals>", "local")
+    name = f"{name}_{id(function):x}"  # a function made twice is two breaks
+    schema = torch.library.infer_schema(function, mutates_args=tuple(writes))
+    _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"graphexec_breaks::{name}", lambda *arguments: None, lib=_LIBRARY)
+    operator: Callable[..., None] = getattr(torch.ops.graphexec_breaks, name).default
+    return operator
