@@ -166,9 +166,13 @@ def _check_budget(ladders: Sequence[SizeLadder], budget: Budget) -> None:
     else:
         reason = "is nothing"
     mib, seconds, ladder = min(least, key=lambda each: each[:2])
+    enough = Budget(
+        max(1, math.ceil(mib * 100)) / 100 if budget.mib < math.inf else math.inf,
+        max(1, math.ceil(seconds * 1000)) / 1000 if budget.seconds < math.inf else math.inf,
+    )
     raise ConfigError(
-        f"The budget of {_limits(budget)} {reason}. The smallest that would do is {math.ceil(mib * 100) / 100:.2f} MiB "
-        f"and {math.ceil(seconds * 1000) / 1000:.3f} s, for size {ladder.candidates[-1].size} of {ladder.name}."
+        f"The budget of {_limits(budget)} {reason}. The smallest that would do is {_limits(enough)}, for size "
+        f"{ladder.candidates[-1].size} of {ladder.name}."
     )
 
 

@@ -35,13 +35,15 @@ class _Cost:
 _COSTS = (
     _Cost("memory", "MiB", lambda graph: graph.pool_bytes / 2**20, 32.0, 16.0),
     _Cost("time to capture", "s", lambda graph: graph.capture_s, 0.1, 0.5),
-    _Cost("time of a replay", "us", lambda graph: graph.replay_us, 20.0, 50.0),
 )
+_REPLAY = _Cost("time of a replay", "us", lambda graph: graph.replay_us, 20.0, 50.0)
 _Pairs = Mapping[GraphKey, tuple[CapturedGraph, CapturedGraph]]
 
 
 def regressions(old: Manifest, new: Manifest, tolerance: float) -> list[str]:
     """Sentences about what is worse in `new`; none if nothing is.
+
+    Replays on the CPU are not compared: they are the steps themselves, in whatever time other processes leave them.
 
     Args:
         tolerance: share by which memory and times may grow, beside what is nobody's doing: of all graphs together
@@ -49,9 +51,8 @@ def regressions(old: Manifest, new: Manifest, tolerance: float) -> list[str]:
             gain no node.
     """
     pairs = _pairs(old, new)
-    worse = [f"There is no graph for the {each.key} any more." for each in old.graphs if each.key not in pairs]
-    worse += _more_nodes(pairs)
-    for cost in _COSTS:
+    worse = [*_lost([each.key for each in old.graphs if each.key not in pairs]), *_more_nodes(pairs)]
+    for cost in _COSTS if "cpu" in (old.device, new.device) else (*_COSTS, _REPLAY):
         worse += _grown(cost, pairs, tolerance)
     return worse
 
@@ -95,6 +96,17 @@ def _names(launches: Counter[str]) -> str:
     return ", ".join(named[:_SHOWN]) + rest
 
 
+def _lost(keys: Sequence[GraphKey]) -> Iterator[str]:
+    kinds: dict[tuple[str, str], list[GraphKey]] = defaultdict(list)
+    for key in keys:
+        kinds[key.phase, key.variant].append(key)
+    for (phase, variant), lost in kinds.items():
+        if len(lost) == 1:
+            yield f"There is no graph for the {lost[0]} any more."
+        else:
+            yield f"There are no graphs for {len(lost)} {phase} steps, {variant}, any more; the first is the {lost[0]}."
+
+
 def _more_nodes(pairs: _Pairs) -> list[str]:
     """A sentence for each phase, variant and pair of counts: what changes one graph mostly changes all of its kind."""
     grown: dict[tuple[str, str, int, int], list[GraphKey]] = defaultdict(list)
@@ -109,9 +121,9 @@ def _more_nodes(pairs: _Pairs) -> list[str]:
 
 def _grown(cost: _Cost, pairs: _Pairs, tolerance: float) -> Iterator[str]:
     """The graphs of both together, whose sum evens out the noise, and single ones that grew beyond any noise."""
-    costs = [(key, was, now) for key, was, now in _measured(cost, pairs)]
-    was, now = (sum(each[which] for each in costs) for which in (1, 2))
-    floor = cost.floor_of_all * (len(costs) if cost.unit == "us" else 1)
+    costs = list(_measured(cost, pairs))
+    was, now = sum(before for _, before, _ in costs), sum(after for _, _, after in costs)
+    floor = cost.floor_of_all * (len(costs) if cost is _REPLAY else 1)
     if now > was * (1 + tolerance) + floor:
         yield f"The {cost.name} of the {len(costs)} graphs in both grew from {was:.2f} to {now:.2f} {cost.unit}."
     single = [each for each in costs if each[2] > each[1] * (1 + tolerance) + cost.floor]

@@ -96,6 +96,10 @@ def test_graphs_that_vanished_or_gained_nodes_are_named() -> None:
     assert regressions(LADDER, fewer, 0.2) == [
         "There is no graph for the mixed step, bucket 32, 64 rows, greedy any more."
     ]
+    assert regressions(LADDER, replace(LADDER, graphs=LADDER.graphs[5:]), 0.2) == [
+        "There are no graphs for 5 mixed steps, greedy, any more; "
+        "the first is the mixed step, bucket 32, 64 rows, greedy."
+    ]
     grown = replace(LADDER, graphs=tuple(replace(each, nodes=each.nodes + 28) for each in LADDER.graphs))
     found = regressions(LADDER, grown, 0.2)
     assert any(
@@ -137,7 +141,7 @@ def test_time_and_memory_may_grow_by_the_tolerance(changes: dict[str, float], me
     ],
 )
 def test_a_single_graph_that_grew_beyond_any_noise_is_named(changes: dict[str, float], message: str) -> None:
-    old = replace(LADDER, graphs=tuple(replace(each, replay_us=100.0) for each in LADDER.graphs))
+    old = replace(LADDER, device="H200", graphs=tuple(replace(each, replay_us=100.0) for each in LADDER.graphs))
     last = replace(old.graphs[-1], **changes)
     found = regressions(old, replace(old, graphs=(*old.graphs[:-1], last)), 0.0)
     assert any(message in sentence for sentence in found)
@@ -154,12 +158,14 @@ def test_of_many_graphs_that_grew_the_worst_are_named_and_the_others_counted() -
 
 def test_replays_that_all_take_longer_are_worse() -> None:
     old, new = (
-        replace(LADDER, graphs=tuple(replace(each, replay_us=us) for each in LADDER.graphs)) for us in (100.0, 150.0)
+        replace(LADDER, device="H200", graphs=tuple(replace(each, replay_us=us) for each in LADDER.graphs))
+        for us in (100.0, 150.0)
     )
     assert regressions(old, new, 0.2) == [
         "The time of a replay of the 10 graphs in both grew from 1000.00 to 1500.00 us."
     ]
     assert regressions(old, new, 0.4) == [], "20 us of each graph are nobody's doing"
+    assert regressions(replace(old, device="cpu"), replace(new, device="cpu"), 0.2) == []
 
 
 def with_launches(launches: dict[str, int], fingerprint: str, **changes: int) -> Manifest:
