@@ -84,7 +84,7 @@ def warm_up(config: EngineConfig, wishes: Wishes, output: Console, notes: Consol
         if old is not None:  # what was left out on purpose has not got lost
             old = replace(old, graphs=tuple(graph for graph in old.graphs if not chosen.leaves_out(graph.key)))
         _say(notes, *chosen.notes)
-        output.print(chosen.to_toml(), markup=False, highlight=False, soft_wrap=True)
+        output.print(chosen.to_toml() + "\n", markup=False, highlight=False, soft_wrap=True)
     captured = _capture(config, "capturing", notes)
     captured.write(wishes.report)
     if captured.graphs:
