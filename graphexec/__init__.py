@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from graphexec.backends import ExecutionBackend, create_backend
 from graphexec.backends.check import check_capturable
+from graphexec.backends.frozen import check_frozen
 from graphexec.config import BackendConfig, EngineConfig
 from graphexec.errors import (
     BucketOverflowError,
@@ -59,6 +60,7 @@ __all__ = [
     "StepResult",
     "StepTimeout",
     "check_capturable",
+    "check_frozen",
     "create_backend",
     "create_runtime",
     "eager_break",

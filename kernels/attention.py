@@ -6,15 +6,16 @@ phase of the step must not cost a compilation of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 
-from graphexec.kernels.paged_decode import DecodeSplits, DecodeWorkspace, paged_decode
-from graphexec.kernels.paged_prefill import paged_prefill
+from graphexec.kernels.lang import Launch
+from graphexec.kernels.paged_decode import DecodeSplits, DecodeWorkspace, paged_decode_call
+from graphexec.kernels.paged_prefill import paged_prefill_call
 from graphexec.kernels.rope_write import rope_write
 from graphexec.kernels.state import SlotTensors, StepTensors
 from graphexec.runtime import eager_break
@@ -102,7 +103,38 @@ def _attend(
     out: torch.Tensor,
 ) -> None:
     """Attention of all rows, `[T, H, D]` queries to `out` of the same shape."""
-    step, slots = rows.step, rows.slots
+    for call in _attention_calls(rows, query, k_cache, v_cache, scale, out):
+        call()
+
+
+@_attend.prepare
+def _prepare_attend(
+    rows: AttentionRows,
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> Callable[[], None]:
+    calls = _attention_calls(rows, query, k_cache, v_cache, scale, out)
+    bound = [call.bound() if isinstance(call, Launch) else call for call in calls]
+
+    def attend() -> None:
+        for call in bound:
+            call()
+
+    return attend
+
+
+def _attention_calls(
+    rows: AttentionRows,
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> list[Launch | Callable[[], object]]:
+    step, slots, calls = rows.step, rows.slots, []
     if rows.splits is not None:
         # The first rows are those of slots that compute one token; at the first chunk `decode_slots` becomes -1.
         single = slice(rows.bucket)
@@ -112,10 +144,12 @@ def _attend(
             step.positions[single],
             step.split_start[: rows.bucket + 1],
         )
-        paged_decode(query[single], k_cache, v_cache, *where, scale, rows.splits, rows.workspace, out[single])
+        sizes = scale, rows.splits, rows.workspace
+        calls.append(paged_decode_call(query[single], k_cache, v_cache, *where, *sizes, out[single]))
     if rows.has_chunks:
-        chunks = step.chunk_slots[: rows.bucket], step.chunk_start[: rows.bucket + 1]
-        paged_prefill(query, k_cache, v_cache, slots.block_tables, *chunks, slots.seq_lens, scale, step.tickets, out)
+        chunks = step.chunk_slots[: rows.bucket], step.chunk_start[: rows.bucket + 1], slots.seq_lens
+        calls.append(paged_prefill_call(query, k_cache, v_cache, slots.block_tables, *chunks, scale, step.tickets, out))
+    return calls
 
 
 def _attend_shape(

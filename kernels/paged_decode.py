@@ -7,12 +7,14 @@ every mix of contexts, a long one does not hold up the others, and a row's bits 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from graphexec.kernels.lang import launches_early, multiprocessors, tl, triton, use_triton, wait_for_predecessor
+from graphexec.kernels.lang import Launch, launches_early, multiprocessors, tl, triton, use_triton, wait_for_predecessor
 
 __all__ = [
     "DecodeSplits",
@@ -166,13 +168,31 @@ def paged_decode(
     Raises:
         ValueError: a cache is not contiguous, or block_size is no power of two.
     """
+    out = torch.empty_like(query) if out is None else out
+    where = block_tables, row_slot, positions, split_start
+    paged_decode_call(query, k_cache, v_cache, *where, scale, splits, workspace, out)()
+    return out
+
+
+def paged_decode_call(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    row_slot: torch.Tensor,
+    positions: torch.Tensor,
+    split_start: torch.Tensor,
+    scale: float,
+    splits: DecodeSplits,
+    workspace: DecodeWorkspace | None,
+    out: torch.Tensor,
+) -> Launch | Callable[[], object]:
+    """`paged_decode` as a call that may be made more than once."""
     where = block_tables, row_slot, positions
-    if use_triton(query):
-        assert workspace is not None, "the kernel needs a workspace"
-        return paged_decode_triton(
-            query, k_cache, v_cache, *where, split_start, scale, splits, workspace, tile=None, out=out
-        )
-    return paged_decode_reference(query, k_cache, v_cache, *where, scale, out)
+    if not use_triton(query):
+        return partial(paged_decode_reference, query, k_cache, v_cache, *where, scale, out)
+    assert workspace is not None, "the kernel needs a workspace"
+    return paged_decode_launch(query, k_cache, v_cache, *where, split_start, scale, splits, workspace, None, out)
 
 
 def paged_decode_reference(
@@ -227,6 +247,30 @@ def paged_decode_triton(
     programs_per_sm: int = PROGRAMS_PER_SM,
 ) -> torch.Tensor:
     """`paged_decode` as one Triton kernel; `tile` None chooses."""
+    out = torch.empty_like(query) if out is None else out
+    if len(query) == 0:
+        return out
+    where = block_tables, row_slot, positions, split_start
+    paged_decode_launch(query, k_cache, v_cache, *where, scale, splits, workspace, tile, out, programs_per_sm)()
+    return out
+
+
+def paged_decode_launch(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    row_slot: torch.Tensor,
+    positions: torch.Tensor,
+    split_start: torch.Tensor,
+    scale: float,
+    splits: DecodeSplits,
+    workspace: DecodeWorkspace,
+    tile: DecodeTile | None,
+    out: torch.Tensor,
+    programs_per_sm: int = PROGRAMS_PER_SM,
+) -> Launch:
+    """The launch of `paged_decode_triton`."""
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("The KV cache of a layer must be contiguous: the kernel derives its strides from its shape.")
     rows, num_heads, head_dim = query.shape
@@ -237,45 +281,40 @@ def paged_decode_triton(
     if tile is None:
         tile = choose_decode_tile(head_dim, group, query.element_size())
     assert tile.block_n == splits.tile, "splits are counted in tiles"
-    out = torch.empty_like(query) if out is None else out
-    if rows == 0:
-        return out
     early = launches_early(query)
     group_padded = max(16, triton.next_power_of_2(group))
     programs = min(rows * splits.most * num_kv_heads, programs_per_sm * multiprocessors(query))
-    _decode_kernel[(programs,)](
-        query,
-        k_cache,
-        v_cache,
-        block_tables,
-        row_slot,
-        positions,
-        split_start,
-        out,
-        workspace.out,
-        workspace.lse,
-        workspace.arrivals,
-        scale,
-        block_tables.stride(0),
-        rows,
-        programs,
-        splits.size,
-        splits.most,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        GROUP_PADDED=group_padded,
-        HEAD_DIM=head_dim,
-        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
-        BLOCK_SIZE=block_size,
-        BLOCK_N=tile.block_n,
-        WIDTH=SEARCH_WIDTH,
-        PARTS=group_padded // triton.next_power_of_2(group),
-        EARLY=early,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        launch_pdl=early,
-    )
-    return out
+    arguments = {
+        "query": query,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "block_tables": block_tables,
+        "row_slot": row_slot,
+        "positions": positions,
+        "split_start": split_start,
+        "out": out,
+        "partial_out": workspace.out,
+        "partial_lse": workspace.lse,
+        "arrivals": workspace.arrivals,
+        "scale": scale,
+        "max_blocks": block_tables.stride(0),
+        "rows": rows,
+        "programs": programs,
+        "size": splits.size,
+        "most": splits.most,
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "GROUP_PADDED": group_padded,
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_PADDED": triton.next_power_of_2(head_dim),
+        "BLOCK_SIZE": block_size,
+        "BLOCK_N": tile.block_n,
+        "WIDTH": SEARCH_WIDTH,
+        "PARTS": group_padded // triton.next_power_of_2(group),
+        "EARLY": early,
+    }
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "launch_pdl": early}
+    return Launch(_decode_kernel, (programs,), arguments, options)
 
 
 @triton.jit

@@ -7,11 +7,13 @@ the chunks cost that are really there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from graphexec.kernels.lang import launches_early, multiprocessors, tl, triton, use_triton, wait_for_predecessor
+from graphexec.kernels.lang import Launch, launches_early, multiprocessors, tl, triton, use_triton, wait_for_predecessor
 from graphexec.kernels.paged_decode import gather_context
 
 __all__ = ["PrefillTile", "choose_prefill_tile", "paged_prefill", "paged_prefill_reference", "paged_prefill_triton"]
@@ -89,10 +91,30 @@ def paged_prefill(
     Raises:
         ValueError: a cache is not contiguous, or block_size is no power of two.
     """
+    if out is None:
+        out = torch.empty_like(query) if use_triton(query) else torch.zeros_like(query)
+    where = block_tables, chunk_slots, chunk_start, seq_lens
+    paged_prefill_call(query, k_cache, v_cache, *where, scale, tickets, out)()
+    return out
+
+
+def paged_prefill_call(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    chunk_slots: torch.Tensor,
+    chunk_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    tickets: torch.Tensor,
+    out: torch.Tensor,
+) -> Launch | Callable[[], object]:
+    """`paged_prefill` as a call that may be made more than once."""
     where = block_tables, chunk_slots, chunk_start, seq_lens, scale
-    if use_triton(query):
-        return paged_prefill_triton(query, k_cache, v_cache, *where, tickets, tile=None, out=out)
-    return paged_prefill_reference(query, k_cache, v_cache, *where, out)
+    if not use_triton(query):
+        return partial(paged_prefill_reference, query, k_cache, v_cache, *where, out)
+    return paged_prefill_launch(query, k_cache, v_cache, *where, tickets, None, out)
 
 
 def paged_prefill_reference(
@@ -146,6 +168,28 @@ def paged_prefill_triton(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`paged_prefill` as one Triton kernel; `tile` None chooses."""
+    out = torch.empty_like(query) if out is None else out
+    if len(query) == 0 or len(chunk_slots) == 0:
+        return out
+    where = block_tables, chunk_slots, chunk_start, seq_lens
+    paged_prefill_launch(query, k_cache, v_cache, *where, scale, tickets, tile, out)()
+    return out
+
+
+def paged_prefill_launch(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    chunk_slots: torch.Tensor,
+    chunk_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    tickets: torch.Tensor,
+    tile: PrefillTile | None,
+    out: torch.Tensor,
+) -> Launch:
+    """The launch of `paged_prefill_triton`."""
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("The KV cache of a layer must be contiguous: the kernel derives its strides from its shape.")
     rows, num_heads, head_dim = query.shape
@@ -157,41 +201,36 @@ def paged_prefill_triton(
         tile = choose_prefill_tile(rows, num_heads, head_dim, query.element_size())
     block_m = max(16, tile.block_m, triton.next_power_of_2(group))
     block_q = block_m // group
-    out = torch.empty_like(query) if out is None else out
-    if rows == 0 or entries == 0:
-        return out
     early = launches_early(query)
     most = num_kv_heads * (rows // block_q + entries)  # each chunk may end in a tile that it does not fill
     programs = min(most, tile.programs_per_sm * multiprocessors(query))
-    _prefill_kernel[(programs,)](
-        query,
-        k_cache,
-        v_cache,
-        block_tables,
-        chunk_slots,
-        chunk_start,
-        seq_lens,
-        tickets,
-        out,
-        scale,
-        block_tables.stride(0),
-        entries,
-        programs,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
-        BLOCK_SIZE=block_size,
-        BLOCK_M=block_m,
-        BLOCK_Q=block_q,
-        BLOCK_N=tile.block_n,
-        WIDTH=SEARCH_WIDTH,
-        EARLY=early,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        launch_pdl=early,
-    )
-    return out
+    arguments = {
+        "query": query,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "block_tables": block_tables,
+        "chunk_slots": chunk_slots,
+        "chunk_start": chunk_start,
+        "seq_lens": seq_lens,
+        "tickets": tickets,
+        "out": out,
+        "scale": scale,
+        "max_blocks": block_tables.stride(0),
+        "num_entries": entries,
+        "programs": programs,
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_PADDED": triton.next_power_of_2(head_dim),
+        "BLOCK_SIZE": block_size,
+        "BLOCK_M": block_m,
+        "BLOCK_Q": block_q,
+        "BLOCK_N": tile.block_n,
+        "WIDTH": SEARCH_WIDTH,
+        "EARLY": early,
+    }
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "launch_pdl": early}
+    return Launch(_prefill_kernel, (programs,), arguments, options)
 
 
 @triton.jit

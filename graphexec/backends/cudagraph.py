@@ -20,6 +20,7 @@ from graphexec.backends.stepping import (
     rehearsal,
     rehearse,
     run_once,
+    run_step,
     smallest_keys,
     takes_chunks,
     typical_keys,
@@ -244,9 +245,10 @@ class CudaGraphBackend(ExecutionBackend):
 
         def run_eagerly() -> None:
             program.exercise(key, generator)
+            program.before_launch(key, step.plan)
             poison([pipeline.io.ring, *observed])
             inputs.extend(snapshot(state))
-            rehearse(program, key)
+            run_step(program, step)
             eager.extend(snapshot([*state, *observed]))
             for tensor, value in zip(state, inputs, strict=True):
                 tensor.copy_(value)
@@ -254,7 +256,6 @@ class CudaGraphBackend(ExecutionBackend):
             program.spoil(key)
 
         compute.run(run_eagerly)
-        compute.run(lambda: program.before_launch(key, step.plan))
         compute.launch(graph, step)
         compute.run(lambda: replayed.extend(snapshot([*state, *observed])))
         pipeline.synchronize()

@@ -26,6 +26,7 @@ __all__ = [
     "rehearsal",
     "rehearse",
     "run_once",
+    "run_step",
     "smallest_keys",
     "takes_chunks",
     "typical_keys",
@@ -103,7 +104,7 @@ class EagerLauncher:
 
     def step(self, key: GraphKey, plan: StepPlan) -> Callable[[], None]:
         step = RunningStep(key, plan, self.program.host)
-        return partial(self.pipeline.compute.run, partial(_run_step, self.program, step))
+        return partial(self.pipeline.compute.run, partial(run_step, self.program, step))
 
 
 def keys_of(config: BackendConfig, program: StepProgram, ladders: Ladders) -> list[GraphKey]:
@@ -162,10 +163,11 @@ def rehearse(program: StepProgram, key: GraphKey) -> None:
     """Runs one step of this shape as ordinary calls, over the slots as they are."""
     step = rehearsal(program, key)
     program.before_launch(key, step.plan)
-    _run_step(program, step)
+    run_step(program, step)
 
 
-def _run_step(program: StepProgram, step: RunningStep) -> None:
+def run_step(program: StepProgram, step: RunningStep) -> None:
+    """Runs a step as ordinary calls."""
     with running(step):
         program.step(step.key)
 

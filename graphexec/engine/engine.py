@@ -199,6 +199,7 @@ class Engine:
         return EngineStats(
             steps=self._submitted,
             replays=backend.replays,
+            modes=backend.modes,
             eager_steps=controller.eager_steps,
             padding_rows=controller.padding_slots,
             predicted_slots=controller.predicted_slots,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from graphexec.capture.traffic import Traffic
+from graphexec.config import CaptureMode
 
 __all__ = ["EngineStats"]
 
@@ -15,7 +17,8 @@ class EngineStats:
 
     Attributes:
         steps: steps submitted.
-        replays: of them, those that ran as a captured graph.
+        replays: of them, those that ran as a captured graph, whole or in pieces.
+        modes: which kind of graph serves "decode", steps without prompt chunks, and "prefill", those with chunks.
         eager_steps: of them, those that did not, by reason.
         padding_rows: launched slots that were padding, summed over the steps.
         predicted_slots: sum of the bounds that steps were launched with.
@@ -30,6 +33,7 @@ class EngineStats:
 
     steps: int
     replays: int
+    modes: Mapping[str, CaptureMode]
     eager_steps: dict[str, int]
     padding_rows: int
     predicted_slots: int

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from graphexec.runtime.arguments import NodeArguments
 from graphexec.runtime.breaks import Cuts, RunningStep
 
 __all__ = ["Event", "Graph", "GraphInfo", "Pool", "Runtime", "Stream"]
@@ -75,7 +76,8 @@ class GraphInfo:
     Attributes:
         nodes: number of nodes of any kind.
         kernels: number of kernel nodes.
-        fingerprint: hash over the nodes' kinds, kernel names and launch sizes; equal graphs have equal fingerprints.
+        fingerprint: hash over the nodes' kinds, kernel names and launch sizes, and the edges between them with their
+            kinds; equal graphs have equal fingerprints.
         launches: how often a kernel is launched, by its name.
     """
 
@@ -101,6 +103,13 @@ class Graph(ABC):
     @abstractmethod
     def describe(self) -> GraphInfo:
         """Counts the nodes. Slow (it walks the graph): not for the step path."""
+
+    @abstractmethod
+    def arguments(self) -> list[NodeArguments]:
+        """What each node was given, in the order of capture; where that cannot be read, the reason.
+
+        Addresses are told from numbers by asking the driver: the memory that the graph uses must still be there.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import overload
 
 import torch
@@ -50,6 +50,9 @@ class Cuts(Enum):
         return self is Cuts.ALL or (self is Cuts.MARKED and not optional)
 
 
+Prepare = Callable[..., Callable[[], None]]
+
+
 @dataclass(frozen=True, slots=True)
 class BreakCall:
     """One call of an eager break."""
@@ -57,6 +60,11 @@ class BreakCall:
     function: Callable[..., None]
     arguments: tuple[object, ...]
     optional: bool = False
+    prepare: Prepare | None = None
+
+    def prepared(self) -> Callable[[], None]:
+        """The call as every replay makes it."""
+        return partial(self.function, *self.arguments) if self.prepare is None else self.prepare(*self.arguments)
 
 
 Cutter = Callable[[BreakCall], None]
@@ -100,6 +108,7 @@ class EagerBreak:
     def __init__(self, function: Callable[..., None], writes: Sequence[str] | None, optional: bool) -> None:
         self.optional = optional
         self._function = function
+        self._prepare: Prepare | None = None
         self._operator = None if writes is None else _operator(function, self._break, writes)
         update_wrapper(self, function)
 
@@ -109,10 +118,19 @@ class EagerBreak:
         else:
             self._break(*arguments)
 
+    def prepare(self, function: Prepare) -> Prepare:
+        """Marks the function that does, once after a capture, what need not be done in every replay.
+
+        It has the parameters of the break, and returns the call that replays make instead: e.g. a launch whose checks,
+        views and choices are behind it. What differs between steps must not be settled here.
+        """
+        self._prepare = function
+        return function
+
     def _break(self, *arguments: object) -> None:
         cutter, cuts = _cutter.get() or (None, Cuts.NONE)
         if cutter is not None and cuts.honours(self.optional):
-            cutter(BreakCall(self._function, arguments, self.optional))
+            cutter(BreakCall(self._function, arguments, self.optional, self._prepare))
         elif self._function(*arguments) is not None:
             raise CaptureError(
                 f"The eager break {self._function.__qualname__} returns something. What runs behind it was captured, "

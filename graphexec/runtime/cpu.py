@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from graphexec.errors import DeviceError
+from graphexec.runtime.arguments import NodeArguments
 from graphexec.runtime.base import Event, Graph, GraphInfo, Pool, Runtime, Stream
 from graphexec.runtime.breaks import BreakCall, Cuts, RunningStep, cutting, running
 
@@ -85,7 +86,7 @@ class CpuGraph(Graph):
 
         def run(call: BreakCall) -> None:
             met.append(call)
-            call.function(*call.arguments)
+            call.prepared()()
 
         with running(step), cutting(run, self._cuts):
             self.work()
@@ -94,6 +95,9 @@ class CpuGraph(Graph):
     def describe(self) -> GraphInfo:
         fingerprint = hashlib.sha256(self._name.encode()).hexdigest()[:16]
         return GraphInfo(nodes=1, kernels=0, fingerprint=fingerprint)
+
+    def arguments(self) -> list[NodeArguments]:
+        return [NodeArguments(self._name, "call", (), None, "on the CPU a graph is a call, without parameters to read")]
 
     def close(self) -> None:
         pass

@@ -6,13 +6,15 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from graphexec.errors import DeviceError
-from graphexec.runtime import cudart
+from graphexec.runtime import cudart, graph_nodes
+from graphexec.runtime.arguments import NodeArguments
 from graphexec.runtime.base import Graph, GraphInfo
 from graphexec.runtime.breaks import BreakCall
 
@@ -27,8 +29,11 @@ class CudaGraph(Graph):
         self.executable = executable
 
     def describe(self) -> GraphInfo:
-        nodes, fingerprint, launches = cudart.describe_graph(self._graph)
+        nodes, fingerprint, launches = graph_nodes.describe_graph(self._graph)
         return GraphInfo(nodes, sum(launches.values()), fingerprint, launches)
+
+    def arguments(self) -> list[NodeArguments]:
+        return graph_nodes.read_arguments(self._graph)
 
     @property
     def has_breaks(self) -> bool:
@@ -75,6 +80,9 @@ class CudaPieces(Graph):
             launches=launches,
         )
 
+    def arguments(self) -> list[NodeArguments]:
+        return [node for graph in self._graphs for node in graph.arguments()]
+
     def close(self) -> None:
         self._calls.clear()
         for graph in self._graphs:
@@ -84,7 +92,7 @@ class CudaPieces(Graph):
 def _call_of(piece: CudaGraph | BreakCall, stream: cudart.Handle) -> Callable[[], None]:
     if isinstance(piece, CudaGraph):
         return partial(cudart.launch_graph, piece.executable, stream)
-    return partial(piece.function, *piece.arguments)
+    return piece.prepared()
 
 
 class Recorder:
@@ -111,7 +119,7 @@ class Recorder:
         if cudart.is_empty(self._pieces[-1]):  # nothing lies between two breaks
             cudart.destroy_graph(self._pieces.pop())
         arguments = tree_map_only(torch.Tensor, _address_of, call.arguments)
-        self._pieces.append(BreakCall(call.function, arguments))
+        self._pieces.append(replace(call, arguments=arguments))
         self.begin()
 
     def instantiate(self) -> CudaGraph | CudaPieces:

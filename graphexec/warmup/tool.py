@@ -19,7 +19,7 @@ from graphexec.capture.manifest import Manifest
 from graphexec.capture.regressions import changed_kernels, regressions
 from graphexec.capture.traffic import Traffic
 from graphexec.config import CaptureMode, EngineConfig
-from graphexec.engine import Engine
+from graphexec.engine.assemble import assemble
 from graphexec.errors import ConfigError
 from graphexec.plan import GraphKey
 from graphexec.warmup.choice import overruns, select
@@ -117,14 +117,14 @@ def _read(wishes: Wishes) -> tuple[Manifest | None, Traffic | None]:
 
 
 def _capture(config: EngineConfig, doing: str, notes: Console) -> Manifest:
-    """What an engine of this configuration captures; the engine is closed again."""
+    """What an engine of this configuration captures; nothing of it is left."""
     started = time.perf_counter()
-    with _progress(doing, notes) as show, Engine(config, progress=show) as engine:
-        captured = engine.manifest
-        # What is to be asked of the program while its graphs exist is asked here.
-    del engine
-    gc.collect()  # a model and its cache are in circles, and the next engine needs their place
-    seconds = time.perf_counter() - started
+    with _progress(doing, notes) as show:
+        parts = assemble(config, show)
+    captured, seconds = parts.manifest, time.perf_counter() - started
+    parts.backend.close()  # after this, checks of `parts.program` itself have it to themselves
+    del parts
+    gc.collect()  # a model and its cache are in circles, and the next one needs their place
     _say(
         notes,
         f"{len(captured.graphs)} graphs on {captured.device} in {captured.capture_s:.2f} s, "
