@@ -19,7 +19,7 @@ import numpy as np
 
 from graphexec.errors import ConfigError
 
-__all__ = ["Budget", "Candidate", "Choice", "Demand", "SizeLadder", "choose"]
+__all__ = ["Budget", "Candidate", "Choice", "Demand", "SizeLadder", "choose", "expected_us"]
 
 _MOST_STATES = 4000
 """Partial choices kept for a size. With more of them, costs are rounded up to ever coarser shares of the budget."""
@@ -259,7 +259,8 @@ def _combine(ladders: Sequence[SizeLadder], fronts: Sequence[list[_State]], budg
             continue
         totals = np.where(fits, us, np.inf)
         index = int(np.lexsort((seconds, all_mib, totals))[0])
-        cost = (float(totals[index]) + sum(state.us for state in states), float(all_mib[index]), float(seconds[index]))
+        all_us, all_seconds = totals[index] + sum(state.us for state in states), used_seconds + seconds[index]
+        cost = (float(all_us), float(all_mib[index]), float(all_seconds))
         if best is None or cost < best[0]:
             best = cost, [*states, last[index]]
     assert best is not None, "to capture nothing costs nothing"
