@@ -67,11 +67,14 @@ def select(config: EngineConfig, budget: Budget, traffic: Traffic | None, progre
     probed = probe(config, progress)
     traffic = traffic or Traffic.uniform(config.max_num_seqs, probed.max_rows)
     ladders = size_ladders(probed, traffic)
-    return selection(ladders, choose(ladders, budget), traffic.steps)
+    if not any(demand.steps for ladder in ladders for demand in ladder.demands):
+        raise ConfigError("The traffic has no step that could have a graph: there is nothing to choose.")
+    return selection(ladders, choose(ladders, budget))
 
 
-def selection(ladders: Sequence[SizeLadder], choice: Choice, steps: float) -> Selection:
-    """A choice from these ladders, for so many steps."""
+def selection(ladders: Sequence[SizeLadder], choice: Choice) -> Selection:
+    """A choice from these ladders, in words."""
+    steps = sum(demand.steps for ladder in ladders for demand in ladder.demands)
     settings: dict[str, tuple[int, ...] | str] = {}
     left_out = {}
     for ladder, sizes in zip(ladders, choice.sizes, strict=True):

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
 
-from graphexec.backends import Progress as Report
+from graphexec.backends import Progress
 from graphexec.capture.budget import Budget
 from graphexec.capture.manifest import Manifest
 from graphexec.capture.regressions import changed_kernels, regressions
@@ -27,6 +28,9 @@ from graphexec.warmup.plot import draw
 from graphexec.warmup.report import graph_table, mode_table
 
 __all__ = ["Wishes", "capture_modes", "warm_up"]
+
+_PHASES = ("decode", "prefill")
+"""Settings of the backend that name a capture mode."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +139,17 @@ def _capture(config: EngineConfig, doing: str, notes: Console) -> Manifest:
 
 
 def _compare_modes(config: EngineConfig, wishes: Wishes, captured: Manifest, output: Console, notes: Console) -> None:
-    """Captures in the other modes, too, writes their reports beside the first one, and prints them side by side."""
-    configured: set[str] = {config.backend.decode or "full", config.backend.prefill or "full"}
+    """Captures in the other modes, too, writes their reports beside the first one, and prints them side by side.
+
+    Steps that are configured to run eagerly do so in every mode.
+    """
+    phases = [each for each in _PHASES if getattr(config.backend, each) != "off"] or list(_PHASES)
+    configured: set[str] = {getattr(config.backend, each) or "full" for each in phases}
     found: dict[str, Manifest] = {"as configured" if len(configured) > 1 else next(iter(configured)): captured}
     for mode in wishes.modes:
         if {mode} == configured:
             continue
-        backend = config.backend.model_copy(update={"decode": mode, "prefill": mode})
+        backend = config.backend.model_copy(update=dict.fromkeys(phases, mode))
         other = config.model_copy(update={"backend": backend, "expected_manifest": None})
         found[mode] = _capture(other, f"capturing, {mode}", notes)
         path = wishes.report.with_stem(f"{wishes.report.stem}-{mode}")
@@ -160,10 +168,10 @@ def _plot(captured: Manifest, path: Path, notes: Console) -> None:
 
 
 @contextmanager
-def _progress(doing: str, notes: Console) -> Iterator[Report]:
+def _progress(doing: str, notes: Console) -> Iterator[Progress]:
     """A bar on `notes`, and what moves it."""
     columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, TimeElapsedColumn(), console=notes) as bar:
+    with ProgressBar(*columns, TimeElapsedColumn(), console=notes) as bar:
         task = bar.add_task("", total=None)
 
         def show(done: int, total: int, key: GraphKey) -> None:

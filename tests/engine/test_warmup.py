@@ -42,15 +42,17 @@ def test_every_mode_is_measured_and_leaves_a_report_beside_the_configured_one(tm
     assert modes.count("full") == modes.count("piecewise") == 4, "prefill, mixed, and two samplers of decode steps"
 
 
-def test_without_matplotlib_a_line_says_so_and_the_report_is_there(
+def test_without_matplotlib_a_line_says_so_and_the_reports_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     off = CONFIG.model_copy(update={"backend": SIZES.model_copy(update={"prefill": "off"})})
-    _, _, said = run(off, Wishes(tmp_path / "report.json"))
+    _, _, said = run(off, Wishes(tmp_path / "report.json", modes=("piecewise",)))
     assert "report.png needs matplotlib (pip install 'graphexec[plot]')" in said
     assert len(Manifest.read(tmp_path / "report.json").graphs) == 6
     assert not (tmp_path / "report.png").exists()
+    pieces = Manifest.read(tmp_path / "report-piecewise.json")
+    assert {graph.key.phase for graph in pieces.graphs} == {"decode"}, "what is off is off in every mode"
 
 
 def test_a_budget_captures_what_it_chose_and_what_it_left_out_is_not_worse(tmp_path: Path) -> None:
@@ -81,6 +83,7 @@ def test_a_budget_of_nothing_is_refused_with_the_least_that_would_do(tmp_path: P
     [
         (BackendConfig(name="eager"), {}, "There is nothing to choose: backend.name='eager' captures nothing"),
         (BackendConfig(decode="off", prefill="off"), {}, "captures nothing with decode='off' and prefill='off'"),
+        (SIZES.model_copy(update={"decode": "off"}), {}, "The traffic has no step that could have a graph"),
         (SIZES, {"expected_manifest": "x.json"}, "expected_manifest fixes the sizes"),
     ],
 )
@@ -88,8 +91,9 @@ def test_a_budget_for_what_captures_nothing_or_may_not_change_is_refused(
     tmp_path: Path, backend: BackendConfig, settings: dict[str, object], message: str
 ) -> None:
     config = CONFIG.model_copy(update={"backend": backend, **settings})
+    Traffic({1: 3}).write(tmp_path / "trace.json")
     with pytest.raises(ConfigError, match=message):
-        run(config, Wishes(tmp_path / "report.json", budget=Budget(mib=100.0)))
+        run(config, Wishes(tmp_path / "report.json", budget=Budget(mib=100.0), trace=tmp_path / "trace.json"))
 
 
 @pytest.mark.parametrize(

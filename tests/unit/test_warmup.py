@@ -102,7 +102,7 @@ def ladder(name: str, sizes: tuple[int, ...]) -> SizeLadder:
 
 def test_the_fragment_of_a_choice_reproduces_it() -> None:
     ladders = [ladder("prefill_sizes", (16, 32)), ladder("capture_sizes", (1, 2, 4))]
-    chosen = selection(ladders, Choice(((), (1, 4)), 4.0, 1.0, 2202.0), steps=4.0)
+    chosen = selection(ladders, Choice(((), (1, 4)), 4.0, 1.0, 2202.0))
     read = tomllib.loads(chosen.to_toml())["backend"]
     assert read == {"prefill": "off", "capture_sizes": [1, 4]}
     assert BackendConfig(**read) == chosen.apply(BackendConfig())
