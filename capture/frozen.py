@@ -22,6 +22,8 @@ Captures = tuple[Sequence[NodeArguments], Sequence[NodeArguments]]
 _WORD = 4
 _ADDRESS = 256
 """Stands for a byte of an address: no byte's value."""
+_LEFTOVER = 257
+"""Stands for a byte of padding in which the host's memory left an address."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,11 @@ def _compare_arguments(arguments: Sequence[Argument]) -> tuple[list[str], list[s
         return [], []  # other arguments altogether, which is said of the node
     size = len(arguments[0].data)
     columns = list(zip(*(_symbols(each) for each in arguments), strict=True))
-    unsteady = {at for at, (one, two, three, four) in enumerate(columns) if one != two or three != four}
+    unsteady = {
+        at
+        for at, (one, two, three, four) in enumerate(columns)
+        if one != two or three != four or _LEFTOVER in (one, three)
+    }
     leaked = {at for at, (one, _, three, _) in enumerate(columns) if at not in unsteady and one != three}
     if size == _WORD:
         leaked, unsteady = leaked | unsteady, set()
@@ -131,6 +137,8 @@ def _symbols(argument: Argument) -> list[int]:
     symbols = list(argument.data)
     for at in argument.pointers:
         symbols[at : at + POINTER_BYTES] = [_ADDRESS] * POINTER_BYTES
+    for at in argument.leftovers:
+        symbols[at : at + POINTER_BYTES] = [_LEFTOVER] * POINTER_BYTES
     return symbols
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from graphexec.errors import CaptureError
 from graphexec.plan import GraphKey, RecordLayout
 
-__all__ = ["check_record", "check_written", "compare", "poison", "snapshot"]
+__all__ = [
+    "check_drew_nothing",
+    "check_record",
+    "check_written",
+    "compare",
+    "host_generators",
+    "poison",
+    "snapshot",
+]
 
 _POISON_INT = -0x5EED
 
@@ -63,6 +73,31 @@ def check_record(
     for what, is_broken in broken.items():
         if is_broken:
             raise CaptureError(f"The {key} breaks the contract of a step: {what}.")
+
+
+def host_generators() -> dict[str, bytes]:
+    """The states of the generators that everybody on the host draws from, by name."""
+    numpy_state = np.random.get_state(legacy=False)
+    return {
+        "random": repr(random.getstate()).encode(),
+        "numpy.random": repr(numpy_state).encode() + np.asarray(numpy_state["state"]["key"]).tobytes(),
+        "torch's generator of the CPU": torch.get_rng_state().numpy().tobytes(),
+    }
+
+
+def check_drew_nothing(key: GraphKey, before: Mapping[str, bytes], after: Mapping[str, bytes]) -> None:
+    """Checks that no generator of the host changed while a step ran: no comparison can verify a step that draws there.
+
+    Raises:
+        CaptureError: names the key and the generators.
+    """
+    drawn = [name for name, state in before.items() if after[name] != state]
+    if drawn:
+        raise CaptureError(
+            f"The {key} draws from {' and '.join(drawn)}, on the host. Its graph repeats for ever what its capture "
+            "drew, so it cannot be verified by comparison with an eager step. Draw on the device, from a counter that "
+            "the step keeps there, or in an eager break."
+        )
 
 
 def compare(

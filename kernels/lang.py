@@ -118,11 +118,16 @@ class Launch:
         self.kernel[self.grid](**self.arguments, **self.options)
 
     def bound(self) -> Callable[[], None]:
-        """The same launch without the search for its compiled kernel: 7 microseconds of the host instead of 30."""
+        """The same launch on the stream that is current now, with its kernel found and its tensors' addresses read.
+
+        It does not keep them. That leaves the host a fifth of the work.
+        """
         if not isinstance(self.kernel, triton.JITFunction):  # under the interpreter
             return self
         compiled = self.kernel.warmup(**self.arguments, **self.options, grid=self.grid)
-        return partial(compiled[*self.grid, 1, 1], *(self.arguments[name] for name in self.kernel.arg_names))
+        values = [self.arguments[name] for name in self.kernel.arg_names]
+        addresses = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in values]
+        return partial(compiled[*self.grid, 1, 1], *addresses, stream=torch.cuda.current_stream().cuda_stream)
 
 
 def settle_cache_folder() -> None:

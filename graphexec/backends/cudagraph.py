@@ -28,7 +28,15 @@ from graphexec.backends.stepping import (
 from graphexec.capture.buckets import Ladders
 from graphexec.capture.graph_set import GraphSet, frozen_garbage_collection
 from graphexec.capture.manifest import CapturedGraph, Manifest
-from graphexec.capture.verify import check_record, check_written, compare, poison, snapshot
+from graphexec.capture.verify import (
+    check_drew_nothing,
+    check_record,
+    check_written,
+    compare,
+    host_generators,
+    poison,
+    snapshot,
+)
 from graphexec.config import BackendConfig, CaptureMode
 from graphexec.errors import CaptureError, ConfigError, GraphexecError
 from graphexec.pipeline import Pipeline
@@ -242,13 +250,16 @@ class CudaGraphBackend(ExecutionBackend):
         inputs: list[torch.Tensor] = []
         eager: list[torch.Tensor] = []
         replayed: list[torch.Tensor] = []
+        generators: list[dict[str, bytes]] = []
 
         def run_eagerly() -> None:
             program.exercise(key, generator)
             program.before_launch(key, step.plan)
             poison([pipeline.io.ring, *observed])
             inputs.extend(snapshot(state))
+            generators.append(host_generators())
             run_step(program, step)
+            generators.append(host_generators())
             eager.extend(snapshot([*state, *observed]))
             for tensor, value in zip(state, inputs, strict=True):
                 tensor.copy_(value)
@@ -259,6 +270,7 @@ class CudaGraphBackend(ExecutionBackend):
         compute.launch(graph, step)
         compute.run(lambda: replayed.extend(snapshot([*state, *observed])))
         pipeline.synchronize()
+        check_drew_nothing(key, *generators)
         check_written(key, eager[len(state) :])
         check_record(key, inputs[-1], eager[len(state) - 2], eager[len(state) - 1], program.record)
         names = [f"state()[{index}]" for index in range(len(state) - 2)] + ["the records", "the counter"]

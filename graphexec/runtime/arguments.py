@@ -16,10 +16,13 @@ class Argument:
     Attributes:
         data: its bytes, with zeros where it holds an address: those differ from capture to capture.
         pointers: offsets of the words, of `POINTER_BYTES` each, that hold the address of memory that CUDA knows.
+        leftovers: offsets of the words that hold an address of the host's own memory, for which no kernel has a use:
+            the struct has padding there, and nobody cleared what the stack or the heap held before.
     """
 
     data: bytes
     pointers: tuple[int, ...] = ()
+    leftovers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

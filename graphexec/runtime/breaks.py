@@ -122,7 +122,8 @@ class EagerBreak:
         """Marks the function that does, once after a capture, what need not be done in every replay.
 
         It has the parameters of the break, and returns the call that replays make instead: e.g. a launch whose checks,
-        views and choices are behind it. What differs between steps must not be settled here.
+        views and choices are behind it. The stream of the replays is current. What differs between steps must not be
+        settled here, nor may a tensor be kept that the step allocated: keep its address.
         """
         self._prepare = function
         return function

@@ -123,7 +123,7 @@ class CudaRuntime(Runtime):
                 finally:
                     torch.cuda.set_sync_debug_mode(sync_mode)
                 recorder.end()
-            return recorder.instantiate()
+                return recorder.instantiate()
         except BaseException:
             recorder.abandon()
             raise

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from bisect import bisect_right
 from collections import Counter
+from pathlib import Path
 
 from cuda.bindings import __version__ as bindings_version
 from cuda.bindings import driver
@@ -23,6 +25,7 @@ _INVALID_VALUE = driver.CUresult.CUDA_ERROR_INVALID_VALUE
 _MEMORY_TYPE = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
 _Kind = driver.CUgraphNodeType
 _KIND_PREFIX = "CU_GRAPH_NODE_TYPE_"
+_MAPS = Path("/proc/self/maps")
 _WITHOUT_PARAMETERS = ("empty", "wait_event", "event_record")
 _EDGE_DATA_LIVES = tuple(int(part) for part in bindings_version.split(".")[:2]) >= (13, 3)
 """Before, what came back for an edge was memory that the call had freed (NVIDIA/cuda-python issue 1804)."""
@@ -59,10 +62,12 @@ def read_arguments(graph: Handle) -> list[NodeArguments]:
 
 
 class _Addresses:
-    """Tells addresses from numbers, by asking the driver once for each value."""
+    """Tells addresses from numbers, by asking the driver once for each value, and the system for what it mapped."""
 
     def __init__(self) -> None:
         self._known = {0: False}
+        ranges = sorted(_mapped())
+        self._begins, self._ends = [begin for begin, _ in ranges], [end for _, end in ranges]
 
     def __contains__(self, value: int) -> bool:
         if value not in self._known:
@@ -70,6 +75,21 @@ class _Addresses:
             code, memory_type = driver.cuPointerGetAttribute(_MEMORY_TYPE, driver.CUdeviceptr(value))[:2]
             self._known[value] = code == _SUCCESS and int(memory_type) != 0
         return self._known[value]
+
+    def of_host(self, value: int) -> bool:
+        """Whether this is an address of the process that the driver does not know."""
+        index = bisect_right(self._begins, value) - 1
+        return index >= 0 and value < self._ends[index] and value not in self
+
+
+def _mapped() -> list[tuple[int, int]]:
+    """Ranges of addresses that the process has mapped; none where the system does not say."""
+    try:
+        lines = _MAPS.read_text().splitlines()
+    except OSError:
+        return []
+    ranges = (line.split(" ", 1)[0].split("-") for line in lines)
+    return [(int(begin, 16), int(end, 16)) for begin, end in ranges]
 
 
 def _nodes(graph: Handle) -> list[Handle]:
@@ -153,12 +173,14 @@ def _parameter_sizes(launch: Handle) -> list[int]:
 
 
 def _masked(value: bytes, addresses: _Addresses) -> Argument:
-    whole_words = range(0, len(value) - POINTER_BYTES + 1, POINTER_BYTES)
-    pointers = tuple(at for at in whole_words if int.from_bytes(value[at : at + POINTER_BYTES], "little") in addresses)
+    starts = range(0, len(value) - POINTER_BYTES + 1, POINTER_BYTES)
+    words = {at: int.from_bytes(value[at : at + POINTER_BYTES], "little") for at in starts}
+    pointers = tuple(at for at, word in words.items() if word in addresses)
+    leftovers = tuple(at for at, word in words.items() if addresses.of_host(word))
     data = bytearray(value)
-    for at in pointers:
+    for at in (*pointers, *leftovers):
         data[at : at + POINTER_BYTES] = bytes(POINTER_BYTES)
-    return Argument(bytes(data), pointers)
+    return Argument(bytes(data), pointers, leftovers)
 
 
 def _kind(node: Handle) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import random
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -281,6 +283,25 @@ def test_verification_catches_a_program_that_breaks_the_contract_of_records(faul
     with pytest.raises(CaptureError, match=f"breaks the contract of a step.*{message}"):
         backend.warmup()
     backend.close()
+
+
+@pytest.mark.parametrize(
+    ("draw", "name"),
+    [
+        (random.random, "random"),
+        (lambda: np.random.rand(), "numpy.random"),  # what programs of others do
+        (lambda: torch.rand(1), "torch's generator of the CPU"),
+    ],
+)
+def test_a_program_that_draws_from_a_generator_of_the_host_is_told_that_it_cannot_be_verified(
+    make: Make, draw: Callable[[], object], name: str
+) -> None:
+    bench = make()
+    bench.program.on_step = lambda key: draw() and None
+    with pytest.raises(CaptureError, match=f"bucket 4.*draws from {name}, on the host.*cannot be verified by compar"):
+        bench.backend.warmup()
+    bench.program.on_step = lambda key: None
+    assert tokens_of(bench.admit({0: 10})) == {0: 11}
 
 
 def test_a_variant_that_the_program_does_not_have_is_refused(make: Make) -> None:

@@ -107,6 +107,17 @@ def test_addresses_are_masked_and_what_stands_beside_them_in_a_struct_is_not() -
     )
 
 
+@pytest.mark.parametrize("others", [bytes(8), number(7, 8), Argument(bytes(8), (0,))])
+def test_what_the_hosts_memory_left_in_padding_is_no_leak_and_not_checked(others: Argument | bytes) -> None:
+    left = Argument(bytes(16), (), (8,))
+    beside = others if isinstance(others, bytes) else others.data
+    other = Argument(bytes(8) + beside, (8,) if isinstance(others, Argument) else ())
+    for captures in ([left] * 4, [left, left, other, other], [other, other, left, left]):
+        found = check_argument(*captures)
+        assert found.leaks == ()
+        assert found.noise == ("node 1, scale, argument 2: bytes 8 to 15 of 16",)
+
+
 def test_an_address_instead_of_none_is_a_leak() -> None:
     (leak,) = check_argument(*[Argument(bytes(8), (0,))] * 2, *[Argument(bytes(8))] * 2).leaks
     assert leak == "node 1, scale, argument 2: bytes 0 to 7 of 8 hold an address or 0"

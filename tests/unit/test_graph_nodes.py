@@ -162,6 +162,13 @@ def test_addresses_of_device_and_pinned_memory_are_masked_also_within_a_struct(a
     assert made_up.asked.count(DEVICE_ADDRESS) == 1
 
 
+def test_addresses_of_the_hosts_own_memory_are_leftovers_of_padding(answers: Install) -> None:
+    own = ctypes.create_string_buffer(16)
+    answers(Launch("gather", [word(5) + word(ctypes.addressof(own)) + word(DEVICE_ADDRESS)]))
+    (node,) = graph_nodes.read_arguments(0)
+    assert node.arguments == (Argument(word(5) + bytes(16), (16,), (8,)),)
+
+
 def test_words_that_are_not_aligned_or_not_whole_are_no_addresses(answers: Install) -> None:
     shifted = bytes(4) + word(DEVICE_ADDRESS)
     answers(Launch("gather", [shifted, shifted[4:10]]))
