@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -102,7 +103,10 @@ class InstantBackend(ExecutionBackend):
         return self._device_s * 1e6
 
     def stats(self) -> BackendStats:
-        return BackendStats(self._controller.stats(), self._step)
+        return BackendStats(self._controller.stats(), self._step, {"decode": "off", "prefill": "off"})
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        work()
 
     def close(self) -> None:
         pass

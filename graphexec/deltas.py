@@ -185,8 +185,8 @@ class SlotDeltas(Delta):
         """The slot stops running; what else this batch held for it is dropped."""
         self._deltas[slot] = _SlotDelta(flags=RELEASE)
 
-    def pack(self, words: Int32Array, step: int) -> int:
-        """Writes the batch in the layout of `graphexec.kernels.delta_layout`, and returns its length.
+    def pack(self, words: Int32Array, step: int) -> None:
+        """Writes the batch in the layout of `graphexec.kernels.delta_layout`.
 
         Raises:
             ValueError: the batch carries more than the layout holds.
@@ -201,7 +201,6 @@ class SlotDeltas(Delta):
         header = struct.pack(f"=iI{4 * (HEADER_WORDS - 2)}x", len(self), step & 0xFFFFFFFF)
         packed = np.frombuffer(b"".join([header, *entries, *payload.parts]), dtype=np.int32)
         words[: len(packed)] = packed
-        return len(packed)
 
     def _pack_growth(self, growth: _Growth, payload: _Payload) -> bytes:
         if not self._deltas.keys().isdisjoint(growth.slots.tolist()):

@@ -33,8 +33,8 @@ _STEP_MASK = 0xFFFFFFFF
 class Launcher(Protocol):
     """How a backend puts work on the compute stream. What can fail for the host's reasons fails while choosing."""
 
-    def upload(self, staging_slot: int, words: int) -> Callable[[], None]:
-        """The call that enqueues the upload of the first words of a staging slot, and their application."""
+    def apply(self, staging_slot: int) -> Callable[[], None]:
+        """The call that enqueues the application of the delta in a staging slot."""
 
     def step(self, key: GraphKey, plan: StepPlan) -> Callable[[], None]:
         """The call that enqueues the step of this shape; `plan` is for its eager breaks."""
@@ -142,7 +142,7 @@ class Pipeline:
             step = self._next_step
             self.records.acquire(step)
             try:
-                upload = self._stage(plan.delta, step, launcher)
+                apply = self._stage(plan.delta, step, launcher)
                 bound = self.controller.next_bound()
                 key = self.shape(plan, bound)
                 launch = launcher.step(key, plan)
@@ -150,8 +150,8 @@ class Pipeline:
                 self.records.release(step)
                 raise
             try:
-                if upload is not None:
-                    upload()
+                if apply is not None:
+                    apply()
                 if self._plans_on_host:
                     self.compute.run(partial(self._program.before_launch, key, plan))
                 launch()
@@ -179,12 +179,12 @@ class Pipeline:
         if delta is None:
             return None
         slot, words = self.staging.acquire()
-        used = delta.pack(words, step)
+        delta.pack(words, step)
         self.controller.arm(step, delta.armed)
-        upload = launcher.upload(slot, len(words) if used is None else used)
+        apply = launcher.apply(slot)
 
         def enqueue() -> None:
-            upload()
+            apply()
             self.staging.retire_behind(slot, self.compute)  # F4: the host refills the slot after the device read it
             self._last_delta = step
 

@@ -141,13 +141,10 @@ class Delta(ABC):
         return 0
 
     @abstractmethod
-    def pack(self, words: Int32Array, step: int) -> int | None:
+    def pack(self, words: Int32Array, step: int) -> None:
         """Writes itself into `words`, the program's `staging_words` int32s, with the number of the step.
 
         `apply` keeps that number on the device, and the record of every later step repeats it in its header.
-
-        Returns:
-            How many words, from the first, `apply` reads: the others are not uploaded. None for all.
         """
 
 
@@ -253,7 +250,11 @@ class StepProgram(ABC):
 
     @abstractmethod
     def apply(self, staging: torch.Tensor) -> None:
-        """Applies a packed delta, `[staging_words]` int32 on the device."""
+        """Applies a packed delta, `[staging_words]` int32.
+
+        On CUDA a tensor of the device over pinned memory of the host: each word that is read crosses the bus, so a word
+        should be read once, and only where the delta uses it.
+        """
 
     @abstractmethod
     def step(self, key: GraphKey) -> None:

@@ -88,14 +88,14 @@ class OutputRing:
 
 
 class StagingRing:
-    """Pinned buffers through which deltas reach the device.
+    """Pinned buffers in which deltas wait for the device, which reads them where they are: a copy would take longer.
 
     A slot retires by an event behind the device's read of it: before that the host must not refill it (F4).
     """
 
     def __init__(self, runtime: Runtime, words: int) -> None:
-        self.device = torch.zeros(words, dtype=torch.int32, device=runtime.device)
         self._pinned = runtime.pinned((RING_SLOTS, words), torch.int32)
+        self._views = [runtime.device_view(pinned) for pinned in self._pinned]
         self._host: NDArray[np.int32] = self._pinned.numpy()
         self._read = [runtime.event() for _ in range(RING_SLOTS)]
         self._next = 0
@@ -112,9 +112,9 @@ class StagingRing:
         self._next = (slot + 1) % RING_SLOTS
         return slot, self._host[slot]
 
-    def pinned(self, slot: int) -> torch.Tensor:
-        """The pinned words of a slot, as the source of its upload."""
-        return self._pinned[slot]
+    def on_device(self, slot: int) -> torch.Tensor:
+        """The words of a slot, `[words]` int32, as the device sees them."""
+        return self._views[slot]
 
     def retire_behind(self, slot: int, compute: Stream) -> None:
         """Retires the slot once what is now on `compute` has run."""

@@ -102,7 +102,7 @@ def apply_deltas_triton(staging: torch.Tensor, slots: SlotTensors, block_size: i
         MAX_BLOCKS=slots.block_tables.shape[1],
         MAX_TOKENS=slots.token_ids.shape[1],
         BLOCK_SIZE=block_size,
-        CHUNK=256,
+        CHUNK=1024,
         num_warps=4,
     )
 

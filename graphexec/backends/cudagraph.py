@@ -41,6 +41,7 @@ from graphexec.config import BackendConfig, CaptureMode
 from graphexec.errors import CaptureError, ConfigError, GraphexecError
 from graphexec.pipeline import Pipeline
 from graphexec.plan import GraphKey, StepHandle, StepPlan, StepProgram
+from graphexec.rings import RING_SLOTS
 from graphexec.runtime import Graph, RunningStep, Runtime, running
 
 __all__ = ["CudaGraphBackend"]
@@ -93,7 +94,7 @@ class CudaGraphBackend(ExecutionBackend):
                     _log.warning("No graph for the %s: out of memory. It will run eagerly.", key)
                 if progress is not None:
                     progress(index + 1, len(keys), key)
-            self._launcher.capture_upload()
+            self._launcher.capture_applications()
         if missing and self._config.strict:
             raise CaptureError(f"strict=true, and there is no memory for the {next(iter(missing))}.")
         if not self._launcher.may_capture:
@@ -293,7 +294,7 @@ class _GraphLauncher(EagerLauncher):
     ) -> None:
         super().__init__(program, pipeline)
         self._graphs = graphs
-        self._apply_graph: Graph | None = None
+        self._applications: list[Graph] = []
         self._refused: set[GraphKey] = set()
         self._config = config
         self._later = later
@@ -304,20 +305,20 @@ class _GraphLauncher(EagerLauncher):
         """Whether there may be captures after the warm-up."""
         return self._config.lazy_capture or bool(self._later)
 
-    def capture_upload(self) -> None:
-        """A graph of the apply kernel: its launch costs the host a third of the kernel's own."""
-        super().apply()  # an empty batch, which compiles what the capture needs
+    def capture_applications(self) -> None:
+        """Graphs that apply deltas, one for each staging slot: a launch costs the host a third of the kernel's own."""
+        for slot in range(RING_SLOTS):
+            super().apply(slot)()  # an empty delta, which compiles what the captures need
         self.pipeline.synchronize()
         try:
-            self._apply_graph = self._graphs.capture_unkeyed(self.uploads.apply)
+            self._applications = [self._graphs.capture_unkeyed(self.application(slot)) for slot in range(RING_SLOTS)]
         except torch.OutOfMemoryError:
-            _log.warning("No graph for uploads: out of memory. Deltas will be applied eagerly.")
+            _log.warning("No graphs for deltas: out of memory. They will be applied eagerly.")
 
-    def apply(self) -> None:
-        if self._apply_graph is None:
-            super().apply()
-        else:
-            self.pipeline.compute.launch(self._apply_graph)
+    def apply(self, staging_slot: int) -> Callable[[], None]:
+        if not self._applications:
+            return super().apply(staging_slot)
+        return partial(self.pipeline.compute.launch, self._applications[staging_slot])
 
     def capture(self, key: GraphKey) -> Graph:
         """Captures the graph of a key, in the pieces that the configuration asks for.

@@ -12,12 +12,10 @@ from graphexec.capture.buckets import BucketTable, Ladders, chunk_slot_ladder, d
 from graphexec.config import BackendConfig
 from graphexec.pipeline import Pipeline
 from graphexec.plan import GraphKey, StepPlan, StepProgram
-from graphexec.rings import StagingRing
-from graphexec.runtime import Cuts, RunningStep, Runtime, Stream, running
+from graphexec.runtime import Cuts, RunningStep, Runtime, running
 
 __all__ = [
     "EagerLauncher",
-    "Uploads",
     "cuts_of",
     "keys_of",
     "ladders_of",
@@ -64,43 +62,22 @@ def open_pipeline(config: BackendConfig, runtime: Runtime, program: StepProgram)
     return Pipeline(runtime, program, ladders_of(config, program), config.step_timeout_s)
 
 
-class Uploads:
-    """What brings a staging slot to the device and applies it.
-
-    Refers to nothing of the host's: work in the queue of a stream must not be the last to hold a pipeline.
-    """
-
-    def __init__(self, program: StepProgram, staging: StagingRing) -> None:
-        self._program = program
-        self._staging = staging
-
-    def copy(self, compute: Stream, staging_slot: int, words: int) -> None:
-        """Enqueues the upload of the first words of a staging slot."""
-        compute.copy(self._staging.device, self._staging.pinned(staging_slot), words)
-
-    def apply(self) -> None:
-        """Applies what was uploaded last. Runs on the compute stream."""
-        self._program.apply(self._staging.device)
-
-
 class EagerLauncher:
-    """Enqueues steps and uploads as ordinary calls on the compute stream."""
+    """Enqueues steps and deltas as ordinary calls on the compute stream."""
 
     def __init__(self, program: StepProgram, pipeline: Pipeline) -> None:
         self.program = program
         self.pipeline = pipeline
-        self.uploads = Uploads(program, pipeline.staging)
 
-    def upload(self, staging_slot: int, words: int) -> Callable[[], None]:
-        def enqueue() -> None:
-            self.uploads.copy(self.pipeline.compute, staging_slot, words)
-            self.apply()
+    def apply(self, staging_slot: int) -> Callable[[], None]:
+        return partial(self.pipeline.compute.run, self.application(staging_slot))
 
-        return enqueue
+    def application(self, staging_slot: int) -> Callable[[], None]:
+        """What applies the delta of a staging slot on the compute stream.
 
-    def apply(self) -> None:
-        """Enqueues the application of what was uploaded."""
-        self.pipeline.compute.run(self.uploads.apply)
+        Refers to nothing of the host's: work in the queue of a stream must not be the last to hold a pipeline.
+        """
+        return partial(self.program.apply, self.pipeline.staging.on_device(staging_slot))
 
     def step(self, key: GraphKey, plan: StepPlan) -> Callable[[], None]:
         step = RunningStep(key, plan, self.program.host)

@@ -42,11 +42,8 @@ class Stream(ABC):
         """Enqueues what `work` does on the device. `work` itself may run now (CUDA) or later (CPU)."""
 
     @abstractmethod
-    def copy(self, target: torch.Tensor, source: torch.Tensor, count: int | None = None) -> None:
-        """Enqueues a copy between two contiguous tensors of equal size; host tensors must come from `pinned`.
-
-        With `count`, only of so many elements, from the first: slicing two tensors would take longer than the call.
-        """
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Enqueues a copy between two contiguous tensors of equal size; host tensors must come from `pinned`."""
 
     @abstractmethod
     def record(self, event: Event) -> None:
@@ -136,6 +133,10 @@ class Runtime(ABC):
     @abstractmethod
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Zeroed host memory, `[*shape]`, that the device can copy from and to asynchronously."""
+
+    @abstractmethod
+    def device_view(self, pinned: torch.Tensor) -> torch.Tensor:
+        """Contiguous memory from `pinned` as a tensor of the device, which reads it where it is; does not keep it."""
 
     @abstractmethod
     def pool(self) -> Pool:

@@ -122,8 +122,8 @@ class CpuStream(Stream):
         self.check()
         self._work.put((work, False))
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, count: int | None = None) -> None:
-        self.run(lambda: _copy(target.view(-1)[:count], source.view(-1)[:count]))
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self.run(lambda: _copy(target, source))
 
     def record(self, event: Event) -> None:
         assert isinstance(event, CpuEvent)
@@ -192,6 +192,9 @@ class CpuRuntime(Runtime):
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
+
+    def device_view(self, pinned: torch.Tensor) -> torch.Tensor:
+        return pinned
 
     def pool(self) -> Pool:
         return None

@@ -17,6 +17,7 @@ from graphexec.runtime import cudart
 from graphexec.runtime.base import Event, Graph, Pool, Runtime, Stream
 from graphexec.runtime.breaks import Cuts, RunningStep, cutting, running
 from graphexec.runtime.cuda_graphs import CudaGraph, CudaPieces, Recorder
+from graphexec.runtime.cuda_memory import device_view
 
 __all__ = ["CudaEvent", "CudaRuntime", "CudaStream"]
 
@@ -51,9 +52,8 @@ class CudaStream(Stream):
         with torch.cuda.stream(self.torch_stream):
             work()
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, count: int | None = None) -> None:
-        nbytes = source.nbytes if count is None else count * source.itemsize
-        cudart.copy_async(target.data_ptr(), source.data_ptr(), nbytes, self.handle)
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        cudart.copy_async(target.data_ptr(), source.data_ptr(), source.nbytes, self.handle)
 
     def record(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
@@ -99,6 +99,9 @@ class CudaRuntime(Runtime):
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+    def device_view(self, pinned: torch.Tensor) -> torch.Tensor:
+        return device_view(pinned, self.device)
 
     def pool(self) -> Pool:
         with torch.cuda.device(self._index):  # a pool belongs to the device that is current when it is made

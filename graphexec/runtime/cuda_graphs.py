@@ -17,6 +17,7 @@ from graphexec.runtime import cudart, graph_nodes
 from graphexec.runtime.arguments import NodeArguments
 from graphexec.runtime.base import Graph, GraphInfo
 from graphexec.runtime.breaks import BreakCall
+from graphexec.runtime.cuda_memory import unowned
 
 __all__ = ["CudaGraph", "CudaPieces", "Recorder"]
 
@@ -118,7 +119,7 @@ class Recorder:
         self.end()
         if cudart.is_empty(self._pieces[-1]):  # nothing lies between two breaks
             cudart.destroy_graph(self._pieces.pop())
-        arguments = tree_map_only(torch.Tensor, _address_of, call.arguments)
+        arguments = tree_map_only(torch.Tensor, unowned, call.arguments)
         self._pieces.append(replace(call, arguments=arguments))
         self.begin()
 
@@ -145,21 +146,3 @@ class Recorder:
         for piece in self._pieces:
             if not isinstance(piece, BreakCall):
                 cudart.destroy_graph(piece)
-
-
-class _Span:
-    """Device memory that belongs to somebody else, as the CUDA array interface describes it."""
-
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "data": (address, False), "shape": (num_bytes,), "typestr": "|u1", "version": 3,
-        }  # fmt: skip
-
-
-def _address_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor over the same memory that does not keep it: the step frees it, and later pieces reuse it."""
-    if not tensor.is_cuda or tensor.numel() == 0:
-        return tensor
-    items = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    span = torch.as_tensor(_Span(tensor.data_ptr(), items * tensor.itemsize), device=tensor.device)
-    return span.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())

@@ -88,7 +88,7 @@ def test_f3_submit_refuses_to_overwrite_a_record_that_was_not_collected(rig: Rig
     assert [tokens_of(handle.result())[0] for handle in handles] == list(range(11, 11 + RING_SLOTS + 1))
 
 
-def test_f4_a_staging_slot_is_not_refilled_while_its_upload_waits_behind_a_running_step(rig: Rig) -> None:
+def test_f4_a_staging_slot_is_not_refilled_while_its_delta_waits_behind_a_running_step(rig: Rig) -> None:
     """Refused submits use up staging slots too, so that the output ring alone would not protect them."""
     gate = rig.program.hold(0)
     first = rig.submit()
@@ -105,10 +105,8 @@ def test_f4_a_staging_slot_is_not_refilled_while_its_upload_waits_behind_a_runni
     assert tokens_of(rig.admit({2: 30}).result()) == {0: 12, 2: 31}
 
 
-def test_f4_a_staging_slot_is_not_refilled_while_its_upload_is_being_read(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An event recorded before the upload, rather than behind it, would retire the slot too early."""
+def test_f4_a_staging_slot_is_not_refilled_while_it_is_being_read(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event recorded before the application, rather than behind it, would retire the slot too early."""
     gate, apply = Gate(), rig.program.apply
 
     def slow_apply(staging: torch.Tensor) -> None:
@@ -169,7 +167,7 @@ def test_f7_close_drains_both_streams_before_it_frees_anything(rig: Rig) -> None
 
 
 def test_f7_close_waits_for_work_behind_which_there_is_no_copy(rig: Rig) -> None:
-    """A submit that failed halfway leaves an upload on the compute stream, and nothing on the other."""
+    """A submit that failed halfway leaves a delta on the compute stream, and nothing on the other."""
     gate = Gate()
     rig.compute.run(gate)
     with pytest.raises(ValueError, match="^$"):
@@ -333,7 +331,7 @@ def test_a_record_with_another_step_number_is_refused(rig: Rig) -> None:
 
 
 def test_a_delta_that_did_not_reach_the_device_is_noticed(rig: Rig) -> None:
-    rig.launcher.upload = lambda slot, words: lambda: None
+    rig.launcher.apply = lambda slot: lambda: None
     handle = rig.admit({0: 10})
     with pytest.raises(DeviceError, match="expected delta 0"):
         handle.result()
@@ -485,7 +483,7 @@ def test_a_full_pipeline_stays_usable(rig: Rig) -> None:
     assert tokens_of(rig.admit({1: 50}).result()) == {0: 19, 1: 51}
 
 
-@pytest.mark.parametrize("fails_in", ["pack", "upload", "step"])
+@pytest.mark.parametrize("fails_in", ["pack", "apply", "step"])
 def test_an_exception_before_anything_was_enqueued_leaves_the_pipeline_usable(rig: Rig, fails_in: str) -> None:
     rig.admit({0: 10}).result()
     plan = admission_plan(rig.limits, {1: 20})
@@ -499,7 +497,7 @@ def test_an_exception_before_anything_was_enqueued_leaves_the_pipeline_usable(ri
     assert tokens_of(handle.result()) == {0: 12, 1: 21}
 
 
-@pytest.mark.parametrize("fails_in", ["upload", "step"])
+@pytest.mark.parametrize("fails_in", ["apply", "step"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_halfway_through_submit_closes_the_pipeline(
     rig: Rig, fails_in: str, error: type[BaseException]
@@ -601,10 +599,10 @@ class _Refusing:
     rig: Rig
     fails_in: str = "step"
 
-    def upload(self, staging_slot: int, words: int) -> object:
-        if self.fails_in == "upload":
+    def apply(self, staging_slot: int) -> object:
+        if self.fails_in == "apply":
             raise _RefusalError
-        return self.rig.launcher.upload(staging_slot, words)
+        return self.rig.launcher.apply(staging_slot)
 
     def step(self, key: GraphKey, plan: StepPlan) -> object:
         raise _RefusalError
@@ -618,8 +616,8 @@ class _BreakingHalfway:
     fails_in: str
     error: type[BaseException]
 
-    def upload(self, staging_slot: int, words: int) -> object:
-        return self._fail if self.fails_in == "upload" else self.rig.launcher.upload(staging_slot, words)
+    def apply(self, staging_slot: int) -> object:
+        return self._fail if self.fails_in == "apply" else self.rig.launcher.apply(staging_slot)
 
     def step(self, key: GraphKey, plan: StepPlan) -> object:
         return self._fail if self.fails_in == "step" else self.rig.launcher.step(key, plan)

@@ -143,7 +143,7 @@ def test_f4_a_staging_slot_is_not_refilled_before_the_device_read_it(
     for number in range(RING_SLOTS):
         slot, words = staging.acquire()
         words[:] = number
-        compute.run(lambda slot=slot: arrived.append(staging.pinned(slot).clone()))
+        compute.run(lambda slot=slot: arrived.append(staging.on_device(slot).clone()))
         staging.retire_behind(slot, compute)
     with pytest.raises(PipelineFull, match="8 staging slots"):
         staging.acquire()
@@ -159,7 +159,7 @@ def test_the_host_writes_into_the_memory_that_the_device_reads(runtime: WatchedR
     staging = StagingRing(runtime, words=3)
     slot, words = staging.acquire()
     words[:] = (1, 2, 3)
-    assert staging.pinned(slot).tolist() == [1, 2, 3]
+    assert staging.on_device(slot).tolist() == [1, 2, 3]
     assert words.dtype == np.int32
 
 

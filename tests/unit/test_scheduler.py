@@ -39,7 +39,7 @@ def steps(scheduler: Scheduler, first: int, count: int) -> list[ScheduledStep]:
 
 
 def test_most_decode_steps_carry_no_delta() -> None:
-    """Sixteen requests come to the ends of their blocks in sixteen different steps; two uploads a block serve them."""
+    """Sixteen requests come to the ends of their blocks in sixteen different steps; two deltas a block serve them."""
     scheduler = Scheduler(LIMITS, BlockAllocator(1000), LIMITS.max_rows, lookahead=DEPTH + 1)
     for index in range(16):
         scheduler.add(request(str(index), 1 + index))

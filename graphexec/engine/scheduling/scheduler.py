@@ -223,7 +223,7 @@ class Scheduler:
     def _supply_blocks(self, deltas: SlotDeltas, decodes: NDArray[np.bool_]) -> None:
         """Gives KV blocks to those that need one within the lookahead, and with them to those that soon will.
 
-        A step with a delta begins with its upload. So the slots that come to their next block within half a block's
+        A step with a delta begins with applying it. So the slots that come to their next block within half a block's
         steps get it along, and most steps have no delta.
         """
         size, free = self._limits.block_size, self._allocator.free
@@ -277,7 +277,7 @@ class Scheduler:
                 break
             needed = -(-num_tokens // size) - len(prefix.blocks)
             # One block for each running request is left alone, or the newcomer would soon be preempted for it. Where
-            # there are plenty, it gets the next one along: else each newcomer would soon need an upload of its own.
+            # there are plenty, it gets the next one along: else each newcomer would soon need a delta of its own.
             soon = min(num_tokens + 1 + self._lookahead + size // 2, generation.request.max_len - 1)
             ample = max(-(-soon // size) - len(prefix.blocks), needed)
             take, spare = self._allocator.take, len(self._running)
