@@ -580,12 +580,13 @@ def test_a_variant_of_chunks_alone_never_asks_for_a_captured_decode_step(rig: Ri
 
 def test_steps_are_counted_by_what_they_were_launched_for_and_only_if_they_were(rig: Rig) -> None:
     rig.submit()  # idle
-    rig.admit({0: 10, 2: 30}).result()
+    rig.admit({0: 10, 2: 30}).result()  # two chunks of two tokens
     with pytest.raises(_RefusalError):
         rig.pipeline.submit(admission_plan(rig.limits, {1: 20}), _Refusing(rig))
     for _ in range(2):
         rig.submit().result()
-    assert rig.pipeline.traffic.traffic() == Traffic({2: 3})
+    # The first one was launched for the slot, too, whose admission was refused.
+    assert rig.pipeline.traffic.traffic() == Traffic({3: 1, 2: 1}, {(16, 4): 1})
 
 
 class _RefusalError(Exception):
