@@ -233,6 +233,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--depth", type=int, default=1, help="overlap_depth")
     parser.add_argument("--chunk", type=int, help="max_chunk_tokens")
+    parser.add_argument(
+        "--trace-out", type=Path, help="file for the sizes of the steps, for `graphexec warmup --trace`"
+    )
     given = parser.parse_args(arguments)
     settings: dict[str, object] = {"overlap_depth": given.depth}
     if given.chunk is not None:
@@ -243,6 +246,8 @@ def main(arguments: list[str]) -> int:
             code = run(server, given, ["python", "-m", "bench.serving", *arguments])
             stats = server.engine.stats()
             print(f"{stats.steps} steps, {stats.replays} as graphs, eager: {stats.eager_steps}, {stats.preemptions}")
+            if given.trace_out is not None:
+                stats.traffic.write(given.trace_out)
         finally:
             server.engine.close()
     return code

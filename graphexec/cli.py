@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import logging
-import platform
+import math
 import reprlib
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from graphexec.capture.buckets import chunk_slot_ladder, default_ladder, row_ladder
-from graphexec.capture.manifest import Manifest
-from graphexec.capture.regressions import regressions
-from graphexec.config import BackendConfig, EngineConfig, backend_names, read_toml
+from graphexec.capture.budget import Budget
+from graphexec.config import BackendConfig, EngineConfig, read_toml
 from graphexec.engine import Engine, EngineStats, RequestOutput, SamplingParams
-from graphexec.engine.program import DecoderProgram
-from graphexec.engine.resolve import resolve
+from graphexec.environment import configuration_table, machine_table, version_of
 from graphexec.errors import ConfigError, GraphexecError, RequestError
-from graphexec.models.loader import load_config, model_folder, model_license
-from graphexec.plan import GraphKey
+from graphexec.models.loader import model_folder, model_license
+from graphexec.warmup.tool import Wishes, capture_modes, warm_up
 
 __all__ = ["app", "main"]
 
@@ -38,6 +31,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _notes = Console(stderr=True, highlight=False)
+_REPORT_WIDTH = 132
+"""Columns with which the figures of a report are whole; a file has no width, and a narrow terminal breaks lines."""
 
 Model = Annotated[str | None, typer.Option(help="Checkpoint folder, or the name of a bundled model.")]
 LoadFormat = Annotated[str | None, typer.Option(help='"auto", or "random" for random weights from a bare config.')]
@@ -73,7 +68,7 @@ def common(
 ) -> None:
     """CUDA-graph execution backend for LLM decode."""
     if version:
-        print(_version_of("graphexec"))
+        print(version_of("graphexec"))
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
@@ -103,6 +98,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Of the random numbers, with a temperature.")] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print each PROMPT before what continues it.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Each PROMPT is a user turn of a chat.")] = False,
+    trace_out: Annotated[Path | None, typer.Option(help="File for the sizes of the steps, see warmup --trace.")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Continue PROMPTs: the text goes to standard output as it comes, the figures to standard error."""
@@ -117,8 +113,12 @@ def generate(
     )  # fmt: skip
     # No more slots than prompts: capturing a ladder of 256 to serve one prompt would only make it wait.
     engine_config = _engine_config(config, settings, backend, default_slots=min(len(prompts), 256))
+    if trace_out is not None and (not trace_out.parent.is_dir() or trace_out.is_dir()):
+        raise ConfigError(f"Cannot write the trace to {trace_out}: give a file in a folder that exists.")
     with Engine(engine_config) as engine:
         refused = _stream_all(engine, prompts, params, _as_turn(engine) if chat else str, echo)
+        if trace_out is not None:
+            engine.stats().traffic.write(trace_out)
     if refused:
         raise typer.Exit(2)
 
@@ -135,46 +135,31 @@ def warmup(
     max_num_seqs: MaxNumSeqs = None,
     max_model_len: MaxModelLen = None,
     config: Config = None,
-    manifest: Annotated[Path, typer.Option(help="Where to write the manifest.")] = Path("graphexec-manifest.json"),
-    compare: Annotated[Path | None, typer.Option(help="Fail if something is worse than in this manifest.")] = None,
+    report: Annotated[Path, typer.Option(help="JSON file to write; a PNG comes beside it.")] = Path(
+        "graphexec-report.json"
+    ),
+    compare: Annotated[Path | None, typer.Option(help="Fail if something is worse than in this report.")] = None,
     tolerance: Annotated[float, typer.Option(help="By which share time and memory may grow.", min=0.0)] = 0.2,
+    budget_mib: Annotated[float | None, typer.Option(help="Choose sizes whose graphs fit into so many MiB.")] = None,
+    budget_seconds: Annotated[float | None, typer.Option(help="Choose sizes captured in so many seconds.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="What to choose for: a file of generate --trace-out.")] = None,
+    modes: Annotated[str | None, typer.Option(help='Measure these, too, e.g. "full,piecewise".')] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Compile, capture and verify everything that the configuration needs, and write down what was captured."""
+    """Compile, capture and verify what the configuration needs or a budget allows, and report what it costs."""
     _set_up_logging(verbose)
     settings = {
         "model": model, "load_format": load_format, "device": device, "dtype": dtype, "compile": compile,
         "max_num_seqs": max_num_seqs, "max_model_len": max_model_len, "overlap_depth": overlap_depth,
     }  # fmt: skip
+    limits = [math.inf if limit is None else limit for limit in (budget_mib, budget_seconds)]
+    wishes = Wishes(
+        report=report, compare=compare, tolerance=tolerance, trace=trace,
+        budget=Budget(*limits) if min(limits) < math.inf else None, modes=() if modes is None else capture_modes(modes),
+    )  # fmt: skip
     engine_config = _engine_config(config, settings, backend, default_slots=None)
-    if not manifest.parent.is_dir() or manifest.is_dir():
-        raise ConfigError(f"Cannot write the manifest to {manifest}: give a file in a folder that exists.")
-    old = None if compare is None else Manifest.read(compare)  # before the new one takes its place
-    started = time.perf_counter()
-    columns = (TextColumn("capturing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, TimeElapsedColumn(), console=_notes) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(done: int, total: int, key: GraphKey) -> None:
-            bar.update(task, completed=done, total=total, description=str(key))
-
-        with Engine(engine_config, progress=show) as engine:
-            captured = engine.manifest
-    captured.write(manifest)
-    if captured.graphs:
-        Console().print(_manifest_table(captured))
-    seconds = time.perf_counter() - started
-    _notes.print(
-        f"{len(captured.graphs)} graphs on {captured.device} in {captured.capture_s:.2f} s, "
-        f"{captured.pool_bytes / 2**20:.0f} MiB; ready after {seconds:.1f} s; manifest in {manifest}",
-        markup=False,
-    )
-    for key, reason in captured.missing.items():
-        _notes.print(f"no graph for the {key}: {reason}", markup=False)
-    worse = [] if old is None else regressions(old, captured, tolerance)
-    for sentence in worse:
-        _notes.print(f"worse: {sentence}", markup=False, soft_wrap=True)
-    if worse:
+    output = Console(width=max(Console().width, _REPORT_WIDTH))
+    if not warm_up(engine_config, wishes, output, _notes):
         raise typer.Exit(1)
 
 
@@ -182,45 +167,12 @@ def warmup(
 def env(model: Model = None, config: Config = None) -> None:
     """Print what the machine offers, and the configuration with every open question decided."""
     console = Console(highlight=False)
-    machine = Table("machine", "", show_header=False, title="Machine")
-    for name, value in _machine():
-        machine.add_row(name, value)
-    console.print(machine)
-    engine_config = _engine_config(config, {"model": model}, None, default_slots=None)
-    resolved = resolve(engine_config, load_config(model_folder(engine_config.model)))
-    max_rows = resolved.max_num_batched_tokens + engine_config.max_num_seqs
-    ladders = {
-        "capture_sizes": engine_config.backend.capture_sizes or default_ladder(engine_config.max_num_seqs),
-        "prefill_sizes": engine_config.backend.prefill_sizes or row_ladder(max_rows),
-        "prefill_slots": engine_config.backend.prefill_slots or chunk_slot_ladder(engine_config.max_num_seqs),
-        "decode": engine_config.backend.decode or "full",
-        "prefill": engine_config.backend.prefill or "full",
-        "variants": engine_config.backend.variants or DecoderProgram.common_variants,
-        "verify": resolved.device.type == "cuda" if (asked := engine_config.backend.verify) is None else asked,
-    }
-    table = Table("setting", "value", "why", title="Configuration")
-    for name in EngineConfig.model_fields:
-        if name == "backend":
-            continue
-        asked = getattr(engine_config, name)
-        value = getattr(resolved, name, asked)
-        given = "as configured" if name in engine_config.model_fields_set else "default"
-        default = "measured after loading" if value is None else given
-        table.add_row(name, str(value), resolved.reasons.get(name, default))
-    for name, value in engine_config.backend.model_dump().items():
-        given = "as configured" if name in engine_config.backend.model_fields_set else "default"
-        table.add_row(f"backend.{name}", _shown(ladders.get(name, value)), given)
-    console.print(table)
+    console.print(machine_table())
+    console.print(configuration_table(_engine_config(config, {"model": model}, None, default_slots=None)))
 
 
 def _as_turn(engine: Engine) -> Callable[[str], list[int]]:
     return lambda prompt: engine.chat([{"role": "user", "content": prompt}])
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, tuple) and len(value) > 8:
-        return f"{', '.join(map(str, value[:6]))} ... {value[-1]} ({len(value)} sizes)"
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _stream_all(
@@ -300,50 +252,6 @@ def _engine_config(
     if default_slots is not None:
         values.setdefault("max_num_seqs", max(default_slots, 1, *(values["backend"].capture_sizes or ())))
     return EngineConfig(**values)
-
-
-def _manifest_table(manifest: Manifest) -> Table:
-    table = Table("step", "sampler", "slots", "rows", "graphs", "nodes", "MiB", "ms", "verified")
-    for group in manifest.groups():
-        key, last, graphs = group.first.key, group.last.key, group.graphs
-        nodes = [graph.nodes for graph in graphs]
-        table.add_row(
-            key.phase,
-            key.variant,
-            _from_to(key.bucket, last.bucket),
-            _from_to(key.rows, last.rows),
-            str(len(graphs)),
-            _from_to(min(nodes), max(nodes)),
-            f"{sum(graph.pool_bytes for graph in graphs) / 2**20:.1f}",
-            f"{sum(graph.capture_s for graph in graphs) * 1e3:.1f}",
-            str(sum(graph.verified for graph in graphs)),
-        )
-    return table
-
-
-def _from_to(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first}-{last}"
-
-
-def _machine() -> list[tuple[str, str]]:
-    rows = [("python", platform.python_version()), ("torch", str(torch.__version__))]
-    packages = ("graphexec", "cuda-python", "triton", "transformers")
-    rows.extend((package, _version_of(package)) for package in packages)
-    rows.append(("backends", ", ".join(backend_names())))
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        memory = f"{properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} SMs"
-        rows.append((f"cuda:{index}", f"{properties.name}, {memory}"))
-    if not torch.cuda.is_available():
-        rows.append(("cuda", "no device; the CPU runtime serves"))
-    return rows
-
-
-def _version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _set_up_logging(verbose: bool) -> None:

@@ -132,8 +132,8 @@ class EngineConfig(_Config):
         compile: torch.compile of the whole "model", of each "layer", or "off"; None: "layer" on CUDA, else "off".
         overlap_depth: steps that the engine submits ahead of the one it collects, 0 to 4. 0 is the classical loop.
         overlap_prefill: let steps with prompt chunks overlap too; false drains the pipeline around them.
-        expected_manifest: a manifest that `graphexec warmup` wrote. The engine refuses to start where its device, its
-            versions or its settings are others than those of the manifest.
+        expected_manifest: a report that `graphexec warmup` wrote. The engine refuses to start where its device, its
+            versions or its settings are others than those of the report.
         backend: see BackendConfig.
     """
 

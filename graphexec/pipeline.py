@@ -9,6 +9,7 @@ from functools import partial
 from typing import Protocol
 
 from graphexec.capture.buckets import Ladders
+from graphexec.capture.traffic import TrafficCounter
 from graphexec.controller import Controller
 from graphexec.errors import BucketOverflowError, ConfigError, DeviceError, GraphexecError, StepTimeout
 from graphexec.lifetime import DeviceSide
@@ -86,6 +87,7 @@ class Pipeline:
             self.records, self.staging = self.device_side.records, self.device_side.staging
             self.io = self.device_side.io
             self.controller = Controller(program.max_slots, ladders.slots)
+            self.traffic = TrafficCounter(program.max_slots, program.max_rows)
             self.wait_s = 0.0
             self._program = program
             self._plans_on_host = type(program).before_launch is not StepProgram.before_launch
@@ -111,9 +113,20 @@ class Pipeline:
         if chunk_rows == 0 or (short_chunks and plan.variant in program.variants):
             bucket = self.controller.bucket_for(bound)
             return GraphKey("decode", bucket * per_slot, bucket, plan.variant)
-        rows = chunk_rows + max(bound - chunk_slots, 0) * per_slot
+        rows = self._rows(plan, bound)
         shape = ladders.chunk_shape(bound, rows, chunk_slots) or ("mixed", rows, min(program.max_slots, rows))
         return GraphKey(*shape, program.mixed_variants.get(plan.variant, plan.variant))
+
+    def _rows(self, plan: StepPlan, bound: int) -> int:
+        """Rows of a step with prompt chunks, before they are padded."""
+        return plan.chunk_rows + max(bound - plan.chunk_slots, 0) * self._program.rows_per_slot
+
+    def _count(self, plan: StepPlan, bound: int, key: GraphKey) -> None:
+        # By the bound, not by the slots that will have run: a graph is chosen by what the host can know.
+        if key.has_chunks and plan.variant not in self._program.chunk_variants:
+            self.traffic.count_chunks(self._rows(plan, bound), bound)
+        elif key.phase == "decode":
+            self.traffic.count_decode(bound)
 
     def submit(self, plan: StepPlan, launcher: Launcher) -> PipelineHandle:
         """Enqueues one step and returns at once.
@@ -147,6 +160,7 @@ class Pipeline:
                 self._failure = failure
                 raise
             self._next_step = step + 1
+            self._count(plan, bound, key)
             return PipelineHandle(self, step, key, bound, self._last_delta)
 
     def enqueue(self, work: Callable[[], None]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from graphexec.capture.manifest import Manifest
+from graphexec.capture.traffic import Traffic
 from graphexec.config import CaptureMode
 from graphexec.controller import ControllerStats
 from graphexec.plan import GraphKey, StepHandle, StepPlan, StepProgram
@@ -25,11 +26,13 @@ class BackendStats:
         controller: bounds, real sizes, padding, and eager steps by reason.
         replays: steps that ran as a graph, whole or in pieces.
         modes: which kind of graph serves "decode", steps without prompt chunks, and "prefill", those with chunks.
+        traffic: steps submitted, by their size.
     """
 
     controller: ControllerStats
     replays: int
     modes: Mapping[str, CaptureMode]
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 class ExecutionBackend(ABC):

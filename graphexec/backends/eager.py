@@ -14,7 +14,7 @@ from graphexec.backends.stepping import (
     typical_keys,
 )
 from graphexec.capture.manifest import Manifest
-from graphexec.config import BackendConfig
+from graphexec.config import BackendConfig, CaptureMode
 from graphexec.pipeline import Pipeline
 from graphexec.plan import GraphKey, StepHandle, StepPlan, StepProgram
 from graphexec.runtime import Runtime
@@ -55,7 +55,8 @@ class EagerBackend(ExecutionBackend):
 
     def stats(self) -> BackendStats:
         assert self._pipeline is not None, "prepare() comes first"
-        return BackendStats(self._pipeline.controller.stats(), 0, {"decode": "off", "prefill": "off"})
+        modes: dict[str, CaptureMode] = {"decode": "off", "prefill": "off"}
+        return BackendStats(self._pipeline.controller.stats(), 0, modes, self._pipeline.traffic.traffic())
 
     def enqueue(self, work: Callable[[], None]) -> None:
         assert self._pipeline is not None, "prepare() comes first"

@@ -51,7 +51,7 @@ def measure_num_blocks(
         "prefill_sizes": ladders.rows.sizes[-2:],
         "prefill_slots": ladders.chunk_slots.sizes[-1:],
     }
-    trial = backend.model_copy(update={**largest, "verify": False, "strict": False})
+    trial = backend.model_copy(update={**largest, "verify": False, "measure": False, "strict": False})
     probe = create_backend(trial, runtime)
     with runtime.activated():
         try:

@@ -208,6 +208,7 @@ class Engine:
             prefix_cached_tokens=self._scheduler.prefix_cached_tokens,
             host_us=self._host_s * 1e6,
             wait_us=self._backend.wait_us,
+            traffic=backend.traffic,
         )
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from graphexec.capture.traffic import Traffic
 from graphexec.config import CaptureMode
 
 __all__ = ["EngineStats"]
@@ -27,6 +28,7 @@ class EngineStats:
             of a request that comes back after a preemption, its earlier output included.
         host_us: time that the step loop computed, microseconds, waits excluded.
         wait_us: time that it waited for the device, microseconds.
+        traffic: steps by their size, for `graphexec warmup --trace`.
     """
 
     steps: int
@@ -40,3 +42,4 @@ class EngineStats:
     prefix_cached_tokens: int
     host_us: float
     wait_us: float
+    traffic: Traffic

@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,8 @@ def test_one_bad_prompt_costs_the_others_nothing_and_the_exit_code_says_so() -> 
         (["generate", "x", "--top-p", "0"], "top_p=0.0"),
         (["generate", "x", "--model", "/nowhere"], "There is no folder"),
         (["generate", "x", "--config", "/nowhere.toml"], "Cannot read /nowhere.toml"),
-        (["warmup", "--manifest", "/nowhere/manifest.json"], "Cannot write the manifest"),
+        (["warmup", "--report", "/nowhere/report.json"], "Cannot write the report"),
+        (["warmup", "--trace", "/nowhere.json"], "give --budget-mib or --budget-seconds"),
     ],
 )
 def test_bad_input_exits_with_two(arguments: list[str], message: str) -> None:
@@ -67,48 +69,57 @@ def test_an_unknown_key_of_a_toml_file_names_the_nearest(tmp_path: Path) -> None
     assert "Did you mean 'max_num_seqs'" in done.stderr
 
 
-def test_warmup_captures_the_ladder_and_writes_the_manifest(tmp_path: Path) -> None:
-    manifest = tmp_path / "manifest.json"
+def test_warmup_captures_the_ladder_and_writes_a_report_that_an_engine_is_held_to(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
     config = tmp_path / "engine.toml"
     config.write_text(
         "max_num_seqs = 3\nmax_model_len = 64\nmax_num_batched_tokens = 29\n"
         "[backend]\ncapture_sizes = [1, 3]\nprefill_sizes = [32]\nverify = true\n"
     )
-    done = run("warmup", "--config", str(config), "--device", "cpu", "--manifest", str(manifest))
+    warm_up = ["warmup", "--config", str(config), "--device", "cpu", "--report", str(report)]
+    done = run(*warm_up)
     assert done.returncode == 0, done.stderr
-    written = json.loads(manifest.read_text())
+    written = json.loads(report.read_text())
     assert [tuple(graph["key"].values()) for graph in written["graphs"]] == [
         ("prefill", 32, 3, "sampled"),
         ("mixed", 32, 3, "sampled"),
         *(("decode", bucket, bucket, variant) for bucket in (3, 1) for variant in ("greedy", "sampled")),
     ]
-    assert all(graph["verified"] for graph in written["graphs"])
+    assert all(graph["verified"] and graph["replay_us"] > 0 for graph in written["graphs"])
     assert written["missing"] == {}
     assert "6 graphs on cpu" in done.stderr
-    again = run(
-        "warmup", "--config", str(config), "--device", "cpu", "--manifest", str(manifest), "--compare", str(manifest)
-    )
-    assert again.returncode == 0, again.stderr
-    config.write_text(f"expected_manifest = '{manifest}'\n" + config.read_text())
-    assert run("warmup", "--config", str(config), "--device", "cpu", "--manifest", str(manifest)).returncode == 0
+    lines = [line.split() for line in done.stdout.splitlines()]
+    (decode,) = (words for words in lines if words[:2] == ["decode", "greedy"])
+    assert decode[2:8] == ["1-3", "1-3", "2", "1", "0", "1"]
+    (total,) = (words for words in lines if words[:1] == ["all"])
+    assert total[:2] == ["all", "6"]
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    config.write_text(f"expected_manifest = '{report}'\n" + config.read_text())
     other = run("generate", "x", "--config", str(config), "--device", "cpu", "--max-num-seqs", "4")
     assert other.returncode == 2
     assert "manifest mismatch: max_num_seqs is 4 here and 3 there" in " ".join(other.stderr.split())
-    written["graphs"][0]["nodes"] = 0
-    manifest.write_text(json.dumps(written))
-    worse = run(
-        "warmup",
-        "--config",
-        str(config),
-        "--device",
-        "cpu",
-        "--manifest",
-        str(tmp_path / "new.json"),
-        "--compare",
-        str(manifest),
-    )
+    written["graphs"][0] |= {"nodes": 0, "fingerprint": ""}
+    report.write_text(json.dumps(written))
+    worse = run(*warm_up, "--compare", str(report))
     assert worse.returncode == 1
+    assert "changed: In 1 graphs of prefill steps, sampled" in worse.stderr
     assert "worse: 1 graphs of prefill steps, sampled, grew from 0 to 1 nodes" in worse.stderr
+    assert run(*warm_up, "--compare", str(report)).returncode == 0, "it is compared with what the last one wrote"
+
+
+def test_a_budget_chooses_for_the_traffic_that_generate_has_counted(tmp_path: Path) -> None:
+    trace, report = tmp_path / "trace.json", tmp_path / "report.json"
+    small = [*SMALL, "--max-num-seqs", "4"]
+    done = run("generate", "x", "y", "z", *small, "--max-tokens", "6", "--trace-out", str(trace))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(trace.read_text())["decode"]["3"] >= 5
+    chosen = run("warmup", *small, "--report", str(report), "--trace", str(trace), "--budget-seconds", "60")
+    assert chosen.returncode == 0, chosen.stderr
+    assert "expected: " in chosen.stderr
+    fragment = tomllib.loads(chosen.stdout.partition("\n\n")[0])["backend"]
+    settings = json.loads(report.read_text())["settings"]
+    assert fragment
+    assert {name: settings[f"backend.{name}"] for name in fragment} == fragment
 
 
 def test_capture_sizes_of_a_file_set_the_slots_of_generate(tmp_path: Path) -> None:

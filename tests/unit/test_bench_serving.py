@@ -15,6 +15,7 @@ from bench.committed import Committed
 from bench.headlines import decode_headline, serving, serving_figures
 from bench.serving import OUTPUTS, PROMPTS, Arrival, draw_arrivals, serve
 from bench.shapes import SHAPES
+from graphexec.capture.traffic import Traffic
 
 SHAPE = SHAPES["qwen3-0.6b"]
 
@@ -80,13 +81,14 @@ def test_a_small_run_on_the_cpu_gives_every_figure(tmp_path: Path, capsys: pytes
     path = tmp_path / "serving.json"
     words = ["--shape", "tiny", "--device", "cpu", "--rate", "8", "--at-once", "3", "--seconds", "0.5"]
     try:
-        assert bench.serving.main([*words, "--json", str(path)]) == 0
+        assert bench.serving.main([*words, "--json", str(path), "--trace-out", str(tmp_path / "trace.json")]) == 0
     finally:
         torch.set_num_threads(threads)
     results = json.loads(path.read_text())
     assert [(run["rate"], run["requests"]) for run in results["runs"]] == [(None, 3), (8, 4)]
     assert all(0 < run["ttft_ms"]["p50"] <= run["ttft_ms"]["p99"] for run in results["runs"])
     assert "eager: {}" in capsys.readouterr().out
+    assert Traffic.read(tmp_path / "trace.json").decode
 
 
 def served(system: str, first_ms: float) -> dict[str, object]:

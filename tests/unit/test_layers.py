@@ -29,7 +29,9 @@ RANKS = {
     "pipeline": 2,
     "backends": 2,
     "engine": 3,
-    "cli": 4,
+    "warmup": 4,
+    "environment": 4,
+    "cli": 5,
 }
 ANYWHERE = {"config", "errors", "plan"}
 OUTSIDE = {"", "__main__"}  # the front doors: `import graphexec` and `python -m graphexec`

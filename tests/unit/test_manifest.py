@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from graphexec.capture.manifest import CapturedGraph, Manifest
-from graphexec.capture.regressions import regressions
+from graphexec.capture.regressions import changed_kernels, regressions
 from graphexec.errors import ConfigError
 from graphexec.plan import GraphKey, Phase
 
@@ -51,6 +52,18 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert Manifest.read(tmp_path / "manifest.json") == LADDER
 
 
+def test_a_manifest_from_before_graphs_had_pieces_kernel_names_and_replay_times_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    content = json.loads(LADDER.to_json())
+    for each in content["graphs"]:
+        for name in ("pieces", "launches", "replay_us", "launch_us"):
+            del each[name]
+    path.write_text(json.dumps(content))
+    assert Manifest.read(path) == LADDER
+    measured = replace(LADDER, graphs=tuple(replace(each, replay_us=9.0, launches={"a": 1}) for each in LADDER.graphs))
+    assert regressions(LADDER, measured, 0.0) == changed_kernels(LADDER, measured) == []
+
+
 @pytest.mark.parametrize(("content", "message"), [("{", "no manifest"), ("{}", "no manifest"), (None, "Cannot read")])
 def test_what_is_no_manifest_is_refused_by_name(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "other.json"
@@ -83,6 +96,10 @@ def test_graphs_that_vanished_or_gained_nodes_are_named() -> None:
     assert regressions(LADDER, fewer, 0.2) == [
         "There is no graph for the mixed step, bucket 32, 64 rows, greedy any more."
     ]
+    assert regressions(LADDER, replace(LADDER, graphs=LADDER.graphs[5:]), 0.2) == [
+        "There are no graphs for 5 mixed steps, greedy, any more; "
+        "the first is the mixed step, bucket 32, 64 rows, greedy."
+    ]
     grown = replace(LADDER, graphs=tuple(replace(each, nodes=each.nodes + 28) for each in LADDER.graphs))
     found = regressions(LADDER, grown, 0.2)
     assert any(
@@ -104,3 +121,74 @@ def test_time_and_memory_may_grow_by_the_tolerance(changes: dict[str, float], me
     (sentence,) = regressions(LADDER, dear, 0.2)
     assert re.search(message, sentence)
     assert regressions(LADDER, dear, 10.0) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"pool_bytes": 18 * 2**20},
+            "memory of the decode step, bucket 1, 1 rows, sampled grew from 1.00 to 18.00 MiB",
+        ),
+        (
+            {"capture_s": 0.6},
+            "to capture of the decode step, bucket 1, 1 rows, sampled grew from 0.01 to 0.60 s",
+        ),
+        (
+            {"replay_us": 160.0},
+            "of a replay of the decode step, bucket 1, 1 rows, sampled grew from 100.00 to 160.00 us",
+        ),
+    ],
+)
+def test_a_single_graph_that_grew_beyond_any_noise_is_named(changes: dict[str, float], message: str) -> None:
+    old = replace(LADDER, device="H200", graphs=tuple(replace(each, replay_us=100.0) for each in LADDER.graphs))
+    last = replace(old.graphs[-1], **changes)
+    found = regressions(old, replace(old, graphs=(*old.graphs[:-1], last)), 0.0)
+    assert any(message in sentence for sentence in found)
+    assert regressions(old, replace(old, graphs=(*old.graphs[:-1], last)), 70.0) == []
+
+
+def test_of_many_graphs_that_grew_the_worst_are_named_and_the_others_counted() -> None:
+    grown = [replace(each, pool_bytes=(30 + index) << 20) for index, each in enumerate(LADDER.graphs)]
+    found = regressions(LADDER, replace(LADDER, graphs=tuple(grown)), 0.2)
+    assert len(found) == 1 + 4 + 1
+    assert "from 1.00 to 39.00 MiB" in found[1]
+    assert found[-1] == "So did that of 6 other graphs, by less."
+
+
+def test_replays_that_all_take_longer_are_worse() -> None:
+    old, new = (
+        replace(LADDER, device="H200", graphs=tuple(replace(each, replay_us=us) for each in LADDER.graphs))
+        for us in (100.0, 150.0)
+    )
+    assert regressions(old, new, 0.2) == [
+        "The time of a replay of the 10 graphs in both grew from 1000.00 to 1500.00 us."
+    ]
+    assert regressions(old, new, 0.4) == [], "20 us of each graph are nobody's doing"
+    assert regressions(replace(old, device="cpu"), replace(new, device="cpu"), 0.2) == []
+
+
+def with_launches(launches: dict[str, int], fingerprint: str, **changes: int) -> Manifest:
+    graphs = [replace(each, launches=launches, fingerprint=fingerprint, **changes) for each in LADDER.graphs[-5:-1]]
+    return replace(LADDER, graphs=tuple(graphs))
+
+
+@pytest.mark.parametrize(
+    ("new", "words"),
+    [
+        (with_launches({"matmul": 2, "norm": 1}, "b"), "norm came, matmul went"),
+        (with_launches({"matmul": 5}, "b"), "matmul (2 times) came"),
+        (with_launches(dict.fromkeys("abcdef", 1) | {"matmul": 3}, "b"), "a, b, c, d and 2 others came"),
+        (with_launches({"matmul": 3}, "b"), "names and counts of the kernels are the same, and grids or edges differ"),
+        (with_launches({"matmul": 3}, "b", nodes=9), "0 nodes became 9, and the kernels are the same"),
+        (with_launches({"matmul": 3}, "b", pieces=2), "1 pieces became 2"),
+        (with_launches({}, "b"), "the fingerprint changed"),
+    ],
+)
+def test_kernels_that_came_or_went_are_named_once_for_all_graphs_of_a_kind(new: Manifest, words: str) -> None:
+    old = with_launches({"matmul": 3}, "a", nodes=0)
+    new = new if "nodes" in words else replace(new, graphs=tuple(replace(each, nodes=0) for each in new.graphs))
+    assert changed_kernels(old, new) == [
+        f"In 4 graphs of decode steps, greedy, {words}; the first is the decode step, bucket 8, 8 rows, greedy."
+    ]
+    assert changed_kernels(new, new) == []

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from graphexec.capture.buckets import BucketTable, Ladders
+from graphexec.capture.traffic import Traffic
 from graphexec.deltas import SlotDeltas
 from graphexec.engine.generation import Generation
 from graphexec.engine.params import SamplingParams
@@ -572,6 +573,20 @@ def test_a_variant_of_chunks_alone_never_asks_for_a_captured_decode_step(rig: Ri
     with pytest.raises(ConfigError, match="no variant 'doubled'"):
         rig.submit(StepPlan("doubled"))
     rig.close()
+
+
+# -- traffic
+
+
+def test_steps_are_counted_by_what_they_were_launched_for_and_only_if_they_were(rig: Rig) -> None:
+    rig.submit()  # idle
+    rig.admit({0: 10, 2: 30}).result()  # two chunks of two tokens
+    with pytest.raises(_RefusalError):
+        rig.pipeline.submit(admission_plan(rig.limits, {1: 20}), _Refusing(rig))
+    for _ in range(2):
+        rig.submit().result()
+    # The first one was launched for the slot, too, whose admission was refused.
+    assert rig.pipeline.traffic.traffic() == Traffic({3: 1, 2: 1}, {(16, 4): 1})
 
 
 class _RefusalError(Exception):
