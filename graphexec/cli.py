@@ -144,6 +144,7 @@ def warmup(
     budget_seconds: Annotated[float | None, typer.Option(help="Choose sizes captured in so many seconds.")] = None,
     trace: Annotated[Path | None, typer.Option(help="What to choose for: a file of generate --trace-out.")] = None,
     modes: Annotated[str | None, typer.Option(help='Measure these, too, e.g. "full,piecewise".')] = None,
+    check_frozen: Annotated[bool, typer.Option("--check-frozen", help="Look for host numbers in the graphs.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Compile, capture and verify what the configuration needs or a budget allows, and report what it costs."""
@@ -156,6 +157,7 @@ def warmup(
     wishes = Wishes(
         report=report, compare=compare, tolerance=tolerance, trace=trace,
         budget=Budget(*limits) if min(limits) < math.inf else None, modes=() if modes is None else capture_modes(modes),
+        check_frozen=check_frozen,
     )  # fmt: skip
     engine_config = _engine_config(config, settings, backend, default_slots=None)
     output = Console(width=max(Console().width, _REPORT_WIDTH))

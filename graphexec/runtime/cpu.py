@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
 from functools import partial
 
@@ -80,15 +80,15 @@ class CpuGraph(Graph):
     def pieces(self) -> int:
         return 1 + self._breaks
 
-    def replay(self, step: RunningStep) -> None:
-        """Runs the call, with its eager breaks, for `step`."""
+    def replay(self, step: RunningStep | None) -> None:
+        """Runs the call, with its eager breaks, for `step`; only breaks ask for one."""
         met: list[BreakCall] = []
 
         def run(call: BreakCall) -> None:
             met.append(call)
             call.prepared()()
 
-        with running(step), cutting(run, self._cuts):
+        with nullcontext() if step is None else running(step), cutting(run, self._cuts):
             self.work()
         self._breaks = len(met)
 
@@ -138,7 +138,6 @@ class CpuStream(Stream):
     def launch(self, graph: Graph, step: RunningStep | None = None) -> None:
         assert isinstance(graph, CpuGraph)
         if graph.has_breaks:
-            assert step is not None, "eager breaks ask which step they belong to"
             self.run(partial(graph.replay, step))
         else:
             self.run(graph.work)

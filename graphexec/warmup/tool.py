@@ -16,6 +16,7 @@ from rich.progress import Progress as ProgressBar
 
 from graphexec.backends import Progress
 from graphexec.capture.budget import Budget
+from graphexec.capture.frozen import FrozenCheck
 from graphexec.capture.manifest import Manifest
 from graphexec.capture.regressions import changed_kernels, regressions
 from graphexec.capture.traffic import Traffic
@@ -24,6 +25,7 @@ from graphexec.engine.assemble import assemble
 from graphexec.errors import ConfigError
 from graphexec.plan import GraphKey
 from graphexec.warmup.choice import overruns, select
+from graphexec.warmup.frozen import check_graphs, refuse_on_cpu, sentences
 from graphexec.warmup.plot import draw
 from graphexec.warmup.report import graph_table, mode_table
 
@@ -44,6 +46,7 @@ class Wishes:
         budget: for the graphs; None to capture the ladders as they are configured.
         trace: file with the traffic to choose for; None for steps of all sizes alike.
         modes: capture modes to measure beside the configured one.
+        check_frozen: look for host numbers that were frozen into a graph, which takes several times as long.
     """
 
     report: Path
@@ -52,6 +55,7 @@ class Wishes:
     budget: Budget | None = None
     trace: Path | None = None
     modes: tuple[CaptureMode, ...] = ()
+    check_frozen: bool = False
 
 
 def capture_modes(words: str) -> tuple[CaptureMode, ...]:
@@ -69,7 +73,9 @@ def capture_modes(words: str) -> tuple[CaptureMode, ...]:
 
 
 def warm_up(config: EngineConfig, wishes: Wishes, output: Console, notes: Console) -> bool:
-    """Captures what `config` needs, and writes and prints the report; whether nothing is worse than in the older one.
+    """Captures what `config` needs, and writes and prints the report.
+
+    Whether nothing is worse than in the older one, and no host number was frozen.
 
     Args:
         output: for tables and settings.
@@ -79,6 +85,8 @@ def warm_up(config: EngineConfig, wishes: Wishes, output: Console, notes: Consol
         ConfigError: the wishes contradict each other, a file cannot be read or written, or the budget is too small.
         CaptureError: a step cannot be captured.
     """
+    if wishes.check_frozen:
+        refuse_on_cpu(config)
     old, traffic = _read(wishes)
     config = config.model_copy(update={"backend": config.backend.model_copy(update={"measure": True})})
     if wishes.budget is not None:
@@ -89,7 +97,7 @@ def warm_up(config: EngineConfig, wishes: Wishes, output: Console, notes: Consol
             old = replace(old, graphs=tuple(graph for graph in old.graphs if not chosen.leaves_out(graph.key)))
         _say(notes, *chosen.notes)
         output.print(chosen.to_toml() + "\n", markup=False, highlight=False, soft_wrap=True)
-    captured = _capture(config, "capturing", notes)
+    captured, checks = _capture(config, "capturing", notes, wishes.check_frozen)
     captured.write(wishes.report)
     if captured.graphs:
         output.print(graph_table(captured))
@@ -98,12 +106,14 @@ def warm_up(config: EngineConfig, wishes: Wishes, output: Console, notes: Consol
         _say(notes, *overruns(captured, wishes.budget))
     if wishes.modes:
         _compare_modes(config, wishes, captured, output, notes)
-    if old is None:
-        return True
-    worse = regressions(old, captured, wishes.tolerance)
-    _say(notes, *(f"changed: {sentence}" for sentence in changed_kernels(old, captured)))
-    _say(notes, *(f"worse: {sentence}" for sentence in worse))
-    return not worse
+    worse: list[str] = []
+    if old is not None:
+        worse = regressions(old, captured, wishes.tolerance)
+        _say(notes, *(f"changed: {sentence}" for sentence in changed_kernels(old, captured)))
+        _say(notes, *(f"worse: {sentence}" for sentence in worse))
+    if wishes.check_frozen:
+        _say(notes, *sentences(checks))
+    return not worse and not any(check.leaks for check in checks)
 
 
 def _read(wishes: Wishes) -> tuple[Manifest | None, Traffic | None]:
@@ -120,13 +130,19 @@ def _read(wishes: Wishes) -> tuple[Manifest | None, Traffic | None]:
     )
 
 
-def _capture(config: EngineConfig, doing: str, notes: Console) -> Manifest:
-    """What an engine of this configuration captures; nothing of it is left."""
+def _capture(
+    config: EngineConfig, doing: str, notes: Console, checks_frozen: bool = False
+) -> tuple[Manifest, list[FrozenCheck]]:
+    """What an engine of this configuration captures, and what its graphs were given; nothing of it is left."""
     started = time.perf_counter()
     with _progress(doing, notes) as show:
         parts = assemble(config, show)
     captured, seconds = parts.manifest, time.perf_counter() - started
-    parts.backend.close()  # after this, checks of `parts.program` itself have it to themselves
+    parts.backend.close()
+    checks: list[FrozenCheck] = []
+    if checks_frozen:
+        with _progress("checking", notes) as show:
+            checks = check_graphs(parts, config, show)
     del parts
     gc.collect()  # a model and its cache are in circles, and the next one needs their place
     _say(
@@ -135,7 +151,7 @@ def _capture(config: EngineConfig, doing: str, notes: Console) -> Manifest:
         f"{captured.pool_bytes / 2**20:.0f} MiB; ready after {seconds:.1f} s",
         *(f"no graph for the {key}: {reason}" for key, reason in captured.missing.items()),
     )
-    return captured
+    return captured, checks
 
 
 def _compare_modes(config: EngineConfig, wishes: Wishes, captured: Manifest, output: Console, notes: Console) -> None:
@@ -151,7 +167,7 @@ def _compare_modes(config: EngineConfig, wishes: Wishes, captured: Manifest, out
             continue
         backend = config.backend.model_copy(update=dict.fromkeys(phases, mode))
         other = config.model_copy(update={"backend": backend, "expected_manifest": None})
-        found[mode] = _capture(other, f"capturing, {mode}", notes)
+        found[mode], _ = _capture(other, f"capturing, {mode}", notes)
         path = wishes.report.with_stem(f"{wishes.report.stem}-{mode}")
         found[mode].write(path)
         if found[mode].graphs:

@@ -52,6 +52,7 @@ def test_one_bad_prompt_costs_the_others_nothing_and_the_exit_code_says_so() -> 
         (["generate", "x", "--config", "/nowhere.toml"], "Cannot read /nowhere.toml"),
         (["warmup", "--report", "/nowhere/report.json"], "Cannot write the report"),
         (["warmup", "--trace", "/nowhere.json"], "give --budget-mib or --budget-seconds"),
+        (["warmup", "--device", "cpu", "--check-frozen"], "--check-frozen reads captured graphs, and needs CUDA"),
     ],
 )
 def test_bad_input_exits_with_two(arguments: list[str], message: str) -> None:

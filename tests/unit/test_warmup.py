@@ -12,6 +12,7 @@ from rich.table import Table
 
 from graphexec.capture.buckets import BucketTable, Ladders
 from graphexec.capture.budget import Budget, Candidate, Choice, Demand, SizeLadder, choose
+from graphexec.capture.frozen import FrozenCheck
 from graphexec.capture.manifest import CapturedGraph, Manifest
 from graphexec.capture.traffic import Traffic
 from graphexec.config import BackendConfig
@@ -19,6 +20,7 @@ from graphexec.errors import ConfigError
 from graphexec.plan import GraphKey, Phase
 from graphexec.warmup.choice import overruns, selection
 from graphexec.warmup.costs import size_ladders
+from graphexec.warmup.frozen import sentences
 from graphexec.warmup.plot import PANELS, draw, points
 from graphexec.warmup.probe import Probe
 from graphexec.warmup.report import graph_table, mode_table
@@ -169,3 +171,15 @@ def test_a_plot_shows_captures_and_memory_of_all_graphs_of_a_bucket_and_the_mean
     draw(captured, tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     draw(manifest(), tmp_path / "nothing.png")
+
+
+def test_the_frozen_number_check_is_told_with_what_it_could_not_look_at() -> None:
+    key = GraphKey("decode", 8, 8, "greedy")
+    leaking = FrozenCheck(key, ("node 3, scale, argument 1: bytes 0 to 3 of 4 hold 5 or 9",), 10, (), ("node 2",))
+    unread = [f"node {index}, packed: its arguments are packed" for index in (4, 7)]
+    assert sentences([leaking, FrozenCheck(key, (), 9, tuple(unread))]) == [
+        "frozen numbers: 19 nodes of 2 graphs compared, 1 leaks",
+        f"frozen: in the graph of the {key}, node 3, scale, argument 1: bytes 0 to 3 of 4 hold 5 or 9",
+        "not compared: 1 stretches of arguments that differ with every capture, as padding does",
+        "unchecked: 2 times packed: its arguments are packed",
+    ]
