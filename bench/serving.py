@@ -10,6 +10,7 @@ of graphexec is imported here before it is measured.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import tempfile
@@ -245,7 +246,13 @@ def main(arguments: list[str]) -> int:
         try:
             code = run(server, given, ["python", "-m", "bench.serving", *arguments])
             stats = server.engine.stats()
+            padding = stats.launched_rows / stats.rows - 1
             print(f"{stats.steps} steps, {stats.replays} as graphs, eager: {stats.eager_steps}, {stats.preemptions}")
+            print(f"{stats.rows} rows and {padding:.1%} of padding")
+            if given.json is not None:
+                counts = {"steps": stats.steps, "replays": stats.replays, "eager": stats.eager_steps}
+                counts |= {"rows": stats.rows, "launched_rows": stats.launched_rows}
+                write_results(given.json, json.loads(given.json.read_text()) | {"counts": counts})
             if given.trace_out is not None:
                 stats.traffic.write(given.trace_out)
         finally:

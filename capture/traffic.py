@@ -76,21 +76,31 @@ class Traffic:
 
 
 class TrafficCounter:
-    """Counts the steps of a program with `max_slots` slots and at most `max_rows` rows; an increment a step."""
+    """Counts the steps of a program with `max_slots` slots and at most `max_rows` rows.
+
+    Attributes:
+        rows: of all steps, padding not included.
+        launched_rows: of all steps, padding included.
+    """
 
     def __init__(self, max_slots: int, max_rows: int) -> None:
         self._max_slots = max_slots
         self._max_rows = max_rows
         self._decode: Counter[int] = Counter()
         self._chunks: Counter[tuple[int, int]] = Counter()
+        self.rows = self.launched_rows = 0
 
-    def count_decode(self, slots: int) -> None:
+    def count_decode(self, slots: int, rows: int, launched_rows: int) -> None:
         """A step without prompt chunks for so many slots."""
         self._decode[slots] += 1
+        self.rows += rows
+        self.launched_rows += launched_rows
 
-    def count_chunks(self, rows: int, slots: int) -> None:
+    def count_chunks(self, slots: int, rows: int, launched_rows: int) -> None:
         """A step with prompt chunks, of so many rows in so many slots."""
         self._chunks[-(-rows // _ROWS), -(-slots // _SLOTS)] += 1
+        self.rows += rows
+        self.launched_rows += launched_rows
 
     def traffic(self) -> Traffic:
         """What was counted: rows rounded up to 16, and slots of steps with prompt chunks to 8."""

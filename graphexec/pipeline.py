@@ -124,9 +124,9 @@ class Pipeline:
     def _count(self, plan: StepPlan, bound: int, key: GraphKey) -> None:
         # By the bound, not by the slots that will have run: a graph is chosen by what the host can know.
         if key.has_chunks and plan.variant not in self._program.chunk_variants:
-            self.traffic.count_chunks(self._rows(plan, bound), bound)
+            self.traffic.count_chunks(bound, self._rows(plan, bound), key.rows)
         elif key.phase == "decode":
-            self.traffic.count_decode(bound)
+            self.traffic.count_decode(bound, bound * self._program.rows_per_slot, key.rows)
 
     def submit(self, plan: StepPlan, launcher: Launcher) -> PipelineHandle:
         """Enqueues one step and returns at once.

@@ -10,6 +10,7 @@ from graphexec.capture.manifest import Manifest
 from graphexec.capture.traffic import Traffic
 from graphexec.config import CaptureMode
 from graphexec.controller import ControllerStats
+from graphexec.pipeline import Pipeline
 from graphexec.plan import GraphKey, StepHandle, StepPlan, StepProgram
 
 __all__ = ["BackendStats", "ExecutionBackend", "Progress"]
@@ -27,12 +28,22 @@ class BackendStats:
         replays: steps that ran as a graph, whole or in pieces.
         modes: which kind of graph serves "decode", steps without prompt chunks, and "prefill", those with chunks.
         traffic: steps submitted, by their size.
+        rows: of all those steps, padding not included (as the host knew them when it chose a size).
+        launched_rows: of all those steps, padding included.
     """
 
     controller: ControllerStats
     replays: int
     modes: Mapping[str, CaptureMode]
     traffic: Traffic = field(default_factory=Traffic)
+    rows: int = 0
+    launched_rows: int = 0
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, replays: int, modes: Mapping[str, CaptureMode]) -> BackendStats:
+        """Those of a pipeline whose steps run in such modes."""
+        traffic = pipeline.traffic
+        return cls(pipeline.controller.stats(), replays, modes, traffic.traffic(), traffic.rows, traffic.launched_rows)
 
 
 class ExecutionBackend(ABC):

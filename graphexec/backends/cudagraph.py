@@ -115,7 +115,7 @@ class CudaGraphBackend(ExecutionBackend):
             "decode": self._config.decode or graphs.mode(has_chunks=False),
             "prefill": self._config.prefill or graphs.mode(has_chunks=True),
         }
-        return BackendStats(pipeline.controller.stats(), self._launcher.replays, modes, pipeline.traffic.traffic())
+        return BackendStats.of(pipeline, self._launcher.replays, modes)
 
     def enqueue(self, work: Callable[[], None]) -> None:
         pipeline, _ = self._prepared()

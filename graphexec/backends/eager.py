@@ -56,7 +56,7 @@ class EagerBackend(ExecutionBackend):
     def stats(self) -> BackendStats:
         assert self._pipeline is not None, "prepare() comes first"
         modes: dict[str, CaptureMode] = {"decode": "off", "prefill": "off"}
-        return BackendStats(self._pipeline.controller.stats(), 0, modes, self._pipeline.traffic.traffic())
+        return BackendStats.of(self._pipeline, 0, modes)
 
     def enqueue(self, work: Callable[[], None]) -> None:
         assert self._pipeline is not None, "prepare() comes first"

@@ -209,6 +209,8 @@ class Engine:
             host_us=self._host_s * 1e6,
             wait_us=self._backend.wait_us,
             traffic=backend.traffic,
+            rows=backend.rows,
+            launched_rows=backend.launched_rows,
         )
 
     def close(self) -> None:

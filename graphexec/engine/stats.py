@@ -29,6 +29,8 @@ class EngineStats:
         host_us: time that the step loop computed, microseconds, waits excluded.
         wait_us: time that it waited for the device, microseconds.
         traffic: steps by their size, for `graphexec warmup --trace`.
+        rows: rows of all steps, padding not included, as the host knew them when it chose a size.
+        launched_rows: rows of all steps, padding included.
     """
 
     steps: int
@@ -43,3 +45,5 @@ class EngineStats:
     host_us: float
     wait_us: float
     traffic: Traffic
+    rows: int
+    launched_rows: int

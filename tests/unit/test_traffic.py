@@ -13,11 +13,12 @@ from graphexec.errors import ConfigError
 def test_steps_are_counted_by_their_size_and_those_with_chunks_coarsely() -> None:
     counter = TrafficCounter(max_slots=12, max_rows=100)
     for slots in (1, 3, 3):
-        counter.count_decode(slots)
+        counter.count_decode(slots, rows=slots, launched_rows=8)
     for rows, slots in ((17, 1), (32, 8), (33, 9), (100, 12), (97, 12)):
-        counter.count_chunks(rows, slots)
+        counter.count_chunks(slots, rows, launched_rows=rows + 5)
     # 112 rows and 16 slots would be more than the program has, and no graph's.
     assert counter.traffic() == Traffic({1: 1, 3: 2}, {(32, 8): 2, (48, 12): 1, (100, 12): 2})
+    assert (counter.rows, counter.launched_rows) == (7 + 279, 3 * 8 + 279 + 5 * 5)
 
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
