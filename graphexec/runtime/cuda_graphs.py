@@ -78,7 +78,7 @@ class CudaPieces(Graph):
             nodes=sum(info.nodes for info in infos),
             kernels=sum(info.kernels for info in infos),
             fingerprint=hashlib.sha256(" ".join(words).encode()).hexdigest()[:16],
-            launches=launches,
+            launches=dict(launches),
         )
 
     def arguments(self) -> list[NodeArguments]:

@@ -17,6 +17,8 @@ from graphexec.runtime import create_runtime
 
 __all__ = ["check_graphs", "refuse_on_cpu", "sentences"]
 
+_SHOWN = 3
+
 
 def refuse_on_cpu(config: EngineConfig) -> None:
     """Refuses, before anything takes long, a device on which there are no graphs to read.
@@ -41,9 +43,14 @@ def sentences(checks: Sequence[FrozenCheck]) -> list[str]:
     """What was found and what was not looked at."""
     leaks = [f"frozen: in the graph of the {check.key}, {leak}" for check in checks for leak in check.leaks]
     checked = sum(check.checked for check in checks)
-    unchecked = Counter(node.split(", ", 1)[-1] for check in checks for node in check.unchecked)
+    unread = [node.split(", ", 1)[-1].partition(": ") for check in checks for node in check.unchecked]
+    reasons = Counter(reason for _, _, reason in unread)
+    names = {reason: list(dict.fromkeys(name for name, _, why in unread if why == reason)) for reason in reasons}
     noisy = sum(len(check.noise) for check in checks)
     lines = [f"frozen numbers: {checked} nodes of {len(checks)} graphs compared, {len(leaks)} leaks", *leaks]
     if noisy:
         lines.append(f"not compared: {noisy} stretches of arguments that differ with every capture, as padding does")
-    return [*lines, *(f"unchecked: {count} times {what}" for what, count in unchecked.most_common())]
+    for reason, count in reasons.most_common():
+        shown = ", ".join(names[reason][:_SHOWN]) + (", ..." if len(names[reason]) > _SHOWN else "")
+        lines.append(f"unchecked: {count} nodes of {len(names[reason])} names ({shown}): {reason}")
+    return lines

@@ -181,5 +181,5 @@ def test_the_frozen_number_check_is_told_with_what_it_could_not_look_at() -> Non
         "frozen numbers: 19 nodes of 2 graphs compared, 1 leaks",
         f"frozen: in the graph of the {key}, node 3, scale, argument 1: bytes 0 to 3 of 4 hold 5 or 9",
         "not compared: 1 stretches of arguments that differ with every capture, as padding does",
-        "unchecked: 2 times packed: its arguments are packed",
+        "unchecked: 2 nodes of 1 names (packed): its arguments are packed",
     ]
