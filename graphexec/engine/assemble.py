@@ -129,8 +129,8 @@ def compile_decoder(decoder: Decoder, mode: CompileMode, compiler: Compiler = "i
     that reads nothing does not wait at all: tests/engine/test_compile.py holds that a decoder has none. A reduction in
     a loop over what older kernels wrote may store before it waits: in the code made for a decoder, none does.
     """
-    modules = {"model": [decoder], "layer": list(decoder.layers), "off": []}[mode]
-    early = compiler == "inductor" and launches_early(decoder.embed_tokens.weight)
+    modules = {"model": [decoder], "layer": [decoder.entry, *decoder.layers], "off": []}[mode]
+    early = compiler == "inductor" and launches_early(decoder.embedding)
     options = {"triton.enable_pdl": True} if early else None
     for module in modules:
         module.compile(backend=compiler, dynamic=True, fullgraph=True, options=options)
