@@ -5,10 +5,13 @@ Layer by layer it does so for two regions: what is in front of the layers, and a
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,6 +128,38 @@ def test_a_decoder_calls_four_products_a_layer_and_makes_no_tensor_out_of_nothin
     for node in makers:
         inputs = [each.meta["val"] for each in node.all_input_nodes]
         assert any(isinstance(each, torch.Tensor | tuple | list) for each in inputs), node.format_node()
+
+
+@cache
+def written_for_hopper() -> dict[str, list[str]]:
+    """Sources of inductor's kernels, in the order of their launches, by region, size and rows."""
+    command = [sys.executable, "-m", "tests.support.inductor_kernels"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    sources: dict[str, list[str]] = json.loads(done.stdout)
+    return sources
+
+
+def test_inductor_makes_two_kernels_in_front_of_the_layers_and_three_of_a_layer() -> None:
+    """Those of a layer: a sum with its norm, the activation, and once more a sum with its norm."""
+    written = written_for_hopper()
+    assert len(written) == 8
+    for case, kernels in written.items():
+        assert len(kernels) == {"entry": 2, "layer": 3}[case.partition(",")[0]], case
+
+
+def test_until_they_wait_inductors_kernels_store_nothing_and_read_positions_alone() -> None:
+    """The kernel of `prepare` wrote the positions, two launches before the one that looks them up."""
+    for case, kernels in written_for_hopper().items():
+        assert any("tl.range(" in kernel for kernel in kernels) is ("4096" in case), "as many loops as expected"
+        for kernel in kernels:
+            before, wait, behind = kernel.partition("tl.extra.cuda.gdc_wait()")
+            assert wait, kernel
+            assert "tl.store" in behind
+            assert "gdc_launch_dependents" in behind
+            assert not re.search(r"tl\.store|tl\.range|gdc_launch|atomic", before), kernel
+            assert before.count("tl.load") == ("index_select" in kernel), kernel
 
 
 START = """
