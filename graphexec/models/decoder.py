@@ -49,9 +49,7 @@ class Entry(nn.Module):
         self, input_ids: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """`[T]` token ids and positions to the arguments of the first layer."""
-        residual = self.embed_tokens(
-            input_ids[None]
-        )  # not a view: a compiled layer would tell it from a layer's output
+        residual = self.embed_tokens(input_ids[None])  # no view of it: a compiled layer would tell that from an output
         return self.next_norm(residual), residual, self.rotary(positions)
 
 
