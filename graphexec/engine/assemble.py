@@ -124,13 +124,16 @@ def _what_decides_captures(config: EngineConfig, resolved: ResolvedConfig, model
 def compile_decoder(decoder: Decoder, mode: CompileMode, compiler: Compiler = "inductor") -> None:
     """Compiles the decoder in place: two compilations, for one row and for several, since no number is read inside.
 
+    By layers these are two of what is in front of the layers, and two of a layer: all layers share their code.
+
     Where our kernels begin early, inductor's do, too. They wait before they read what the kernel in front of them
     wrote, and before they let the next one begin. Two kinds would break the rule of `wait_for_predecessor`. A kernel
-    that reads nothing does not wait at all: tests/engine/test_compile.py holds that a decoder has none. A reduction in
-    a loop over what older kernels wrote may store before it waits: in the code made for a decoder, none does.
+    that reads nothing does not wait at all. A reduction in a loop over what older kernels wrote may store before it
+    waits. tests/engine/test_compile.py holds that a decoder has neither: what ends a layer reads its predecessor's
+    output in the first of its loops, and waits in front of that.
     """
-    modules = {"model": [decoder], "layer": list(decoder.layers), "off": []}[mode]
-    early = compiler == "inductor" and launches_early(decoder.embed_tokens.weight)
+    modules = {"model": [decoder], "layer": [decoder.entry, *decoder.layers], "off": []}[mode]
+    early = compiler == "inductor" and launches_early(decoder.embedding)
     options = {"triton.enable_pdl": True} if early else None
     for module in modules:
         module.compile(backend=compiler, dynamic=True, fullgraph=True, options=options)

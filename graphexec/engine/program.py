@@ -41,7 +41,7 @@ class DecoderProgram(StepProgram):
     chunk_variants = (PROMPT_LOGPROBS,)
 
     def __init__(self, decoder: Decoder, lm_head: torch.nn.Module, limits: SlotLimits) -> None:
-        weight = decoder.embed_tokens.weight
+        weight = decoder.embedding
         self._decoder = decoder
         self._lm_head = lm_head
         self._vocab_size = int(weight.shape[0])

@@ -11,9 +11,15 @@ from graphexec.errors import ConfigError
 __all__ = ["SUPPORTED", "check_supported", "head_dim"]
 
 # To add one: its layers must have self_attn.{q,k,v,o}_proj, mlp.{gate,up,down}_proj, input_layernorm and
-# post_attention_layernorm, or `swap_modules` must learn its names. tests/engine/test_transformers_agree.py holds it.
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Architectures whose layers are attention with rotary embedding followed by a gated MLP."""
+# post_attention_layernorm, or `swap_modules` must learn its names; and they must compute what `DecoderLayer` does in
+# their place: no factor at a residual, no further norm. tests/engine/test_transformers_agree.py holds it.
+SUPPORTED = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+"""Architectures whose layers are attention with rotary embedding followed by a gated MLP; their transformers types."""
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -32,6 +38,9 @@ def check_supported(config: Any, device: torch.device) -> None:
     named = list(getattr(config, "architectures", None) or [])
     if not any(name in SUPPORTED for name in named):
         raise ConfigError(f"Architecture {named or '(none)'} is not supported. Supported: {', '.join(SUPPORTED)}.")
+    if config.model_type not in SUPPORTED.values():  # which decides what transformers makes, whatever it is called
+        types = ", ".join(SUPPORTED.values())
+        raise ConfigError(f"The model has type {config.model_type!r} in its configuration. Supported: {types}.")
     refused = {
         "sliding window attention": _slides(config),
         "attention soft-capping": getattr(config, "attn_logit_softcapping", None) is not None,

@@ -1,6 +1,6 @@
 """The modules that stand in the place of transformers' own: paged attention, merged projections, norms.
 
-`swap_modules` puts them into a model that transformers has made; the code around them stays theirs.
+`swap_modules` puts them into a model that transformers has made; `Decoder` then takes them from there.
 """
 
 from __future__ import annotations
@@ -92,13 +92,11 @@ class PagedAttention(nn.Module):
         for cache in (self.k_cache, self.v_cache):
             cache[:EXERCISED_BLOCKS].normal_(generator=generator)
 
-    def forward(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: object
-    ) -> tuple[torch.Tensor, None]:
+    def forward(self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """`[1, T, hidden]` to the same, with cosines and sines `[T, D]`; the rows' slots come from the running step."""
         cos, sin = position_embeddings
         attended = paged_attention_op(
-            self.qkv_proj(hidden_states)[0],
+            self.qkv_proj(hidden)[0],
             cos,
             sin,
             self.q_norm,
@@ -109,7 +107,8 @@ class PagedAttention(nn.Module):
             self.num_heads,
             self.scale,
         )
-        return self.o_proj(attended[None]), None
+        out: torch.Tensor = self.o_proj(attended[None])
+        return out
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -220,6 +220,13 @@ def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) ->
         open_engine(folder)
 
 
+def test_layers_of_another_type_are_refused_whatever_the_architecture_is_called(tmp_path: Path) -> None:
+    """Granite has Llama's modules, and factors at its residuals."""
+    folder = make_checkpoint(tmp_path / "model", "granite")
+    with pytest.raises(ConfigError, match=r"type 'granite'.*Supported: llama, mistral"):
+        open_engine(edit_config(folder, architectures=["LlamaForCausalLM"]))
+
+
 def test_a_real_checkpoint_of_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
     from transformers import GPT2Config
 

@@ -1,11 +1,17 @@
-"""torch.compile takes the decoder without a graph break, and compiles it exactly twice: for one row and for several."""
+"""torch.compile takes the decoder without a graph break, and compiles exactly twice: for one row and for several.
+
+Layer by layer it does so for two regions: what is in front of the layers, and a layer.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,9 +39,9 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("mode", ["model", "layer"])
-def test_a_decoder_is_compiled_twice_whatever_the_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+@pytest.mark.parametrize(("mode", "regions"), [("model", 1), ("layer", 2)])
+def test_each_region_is_compiled_twice_whatever_the_step_and_all_layers_are_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, regions: int
 ) -> None:
     counter = CompileCounter()
     compile_decoder = assemble.compile_decoder
@@ -54,7 +60,7 @@ def test_a_decoder_is_compiled_twice_whatever_the_step(
         return [output.token_ids for output in outputs]
 
     assert tokens(mode) == tokens("off")
-    assert counter.frame_count == 2
+    assert counter.frame_count == 2 * regions
 
 
 class Uncompiled(nn.Module):
@@ -76,13 +82,13 @@ class Uncompiled(nn.Module):
 def test_inductors_kernels_begin_early_where_ours_do(
     monkeypatch: pytest.MonkeyPatch, compiler: Any, early: bool, options: dict[str, bool] | None, mode: Any
 ) -> None:
-    decoder, layers = Uncompiled(), [Uncompiled(), Uncompiled()]
-    decoder.embed_tokens, decoder.layers = nn.Embedding(2, 2), nn.ModuleList(layers)
+    decoder, parts = Uncompiled(), [Uncompiled(), Uncompiled(), Uncompiled()]
+    decoder.embedding, decoder.entry, decoder.layers = torch.zeros(2, 2), parts[0], nn.ModuleList(parts[1:])
     monkeypatch.setattr(assemble, "launches_early", lambda tensor: early)
     assemble.compile_decoder(cast(Decoder, decoder), mode, compiler)
     expected = {"backend": compiler, "dynamic": True, "fullgraph": True, "options": options}
     assert decoder.given == [expected] * (mode == "model")
-    assert [layer.given for layer in layers] == [[expected] * (mode == "layer")] * 2
+    assert [part.given for part in parts] == [[expected] * (mode == "layer")] * 3
 
 
 def small_decoder(folder: Path) -> tuple[Decoder, Any]:
@@ -124,6 +130,38 @@ def test_a_decoder_calls_four_products_a_layer_and_makes_no_tensor_out_of_nothin
         assert any(isinstance(each, torch.Tensor | tuple | list) for each in inputs), node.format_node()
 
 
+@cache
+def written_for_hopper() -> dict[str, list[str]]:
+    """Sources of inductor's kernels, in the order of their launches, by region, size and rows."""
+    command = [sys.executable, "-m", "tests.support.inductor_kernels"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    sources: dict[str, list[str]] = json.loads(done.stdout)
+    return sources
+
+
+def test_inductor_makes_two_kernels_in_front_of_the_layers_and_three_of_a_layer() -> None:
+    """Those of a layer: a sum with its norm, the activation, and once more a sum with its norm."""
+    written = written_for_hopper()
+    assert len(written) == 8
+    for case, kernels in written.items():
+        assert len(kernels) == {"entry": 2, "layer": 3}[case.partition(",")[0]], case
+
+
+def test_until_they_wait_inductors_kernels_store_nothing_and_read_positions_alone() -> None:
+    """The kernel of `prepare` wrote the positions, two launches before the one that looks them up."""
+    for case, kernels in written_for_hopper().items():
+        assert any("tl.range(" in kernel for kernel in kernels) is ("4096" in case), "as many loops as expected"
+        for kernel in kernels:
+            before, wait, behind = kernel.partition("tl.extra.cuda.gdc_wait()")
+            assert wait, kernel
+            assert "tl.store" in behind
+            assert "gdc_launch_dependents" in behind
+            assert not re.search(r"tl\.store|tl\.range|gdc_launch|atomic", before), kernel
+            assert before.count("tl.load") == ("index_select" in kernel), kernel
+
+
 START = """
 from torch._dynamo.utils import compilation_time_metrics, counters
 from graphexec import Engine, EngineConfig
@@ -133,7 +171,7 @@ with Engine(EngineConfig(model="tiny-random", device="cpu", compile="layer", max
 """
 
 
-def test_a_second_start_finds_its_two_compilations_in_torchs_cache(tmp_path: Path) -> None:
+def test_a_second_start_finds_its_compilations_in_torchs_cache(tmp_path: Path) -> None:
     """And neither traces a compilation twice, as torch does where it has to give up a dynamic float."""
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     starts = [
@@ -142,7 +180,7 @@ def test_a_second_start_finds_its_two_compilations_in_torchs_cache(tmp_path: Pat
         ).stdout.split()
         for _ in range(2)
     ]
-    assert starts == [["2", "0", "2"], ["0", "2", "2"]]
+    assert starts == [["4", "0", "4"], ["0", "4", "4"]]
 
 
 def test_triton_keeps_one_cache_folder_whatever_torch_sets_later(monkeypatch: pytest.MonkeyPatch) -> None:
