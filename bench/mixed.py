@@ -35,7 +35,7 @@ Record = dict[str, object]
 LENGTHS = (16, 64, 256, 1000, 2000)
 REPLAYS = 15
 SLOTS = 272  # 256 that decode, and as many as have chunks beside them
-LAST_KERNEL, FIRST_KERNEL = "_update", "_prepare"
+LAST_KERNEL, FIRST_KERNEL, APPLY_KERNEL = "_update", "_prepare", "_apply"
 ATTENTION = {"decode attention": ("_decode_kernel",), "chunk attention": ("_prefill_kernel",)}
 
 
@@ -181,11 +181,20 @@ def gaps(engine: Engine, shape: Shape, decodes: int, chunk: int, prompts: int) -
     while engine.has_unfinished():
         engine.step()
     found: dict[str, list[float]] = defaultdict(list)
+    applying: dict[str, list[float]] = {"until it begins": [], "of the kernel": [], "until the step begins": []}
     ended: int | None = None
     begun = 0
     for index, span in enumerate(spans):
         if span.name.startswith(FIRST_KERNEL):
             begun = index
+            before = spans[index - 1]
+            if index and before.name.startswith(APPLY_KERNEL) and ended is not None:
+                for part, ns in zip(
+                    applying,
+                    (before.start_ns - ended, before.end_ns - before.start_ns, span.start_ns - before.end_ns),
+                    strict=True,
+                ):
+                    applying[part].append(ns / 1e3)
         if span.name.startswith(LAST_KERNEL):
             is_mixed = any(each.name.startswith("_prefill_kernel") for each in spans[begun:index])
             if ended is not None:
@@ -200,6 +209,7 @@ def gaps(engine: Engine, shape: Shape, decodes: int, chunk: int, prompts: int) -
             }
             for kind, each in found.items()
         },
+        "applying a delta, us": {part: statistics.median(each) for part, each in applying.items() if each},
     }  # fmt: skip
 
 
@@ -259,7 +269,8 @@ def main(arguments: list[str]) -> int:
                     print(f"{name}, a prompt of {length}: {rows[-1]['wall_ms']:.3f} ms", flush=True)
             results["gaps"] = gaps(engine, shape, 64, 256, 40)
             for name, each in results["gaps"].items():
-                print("gap", name, each if isinstance(each, int) else {k: each[k] for k in ("p50", "p90")}, flush=True)
+                shown = {k: v for k, v in each.items() if k != "samples"} if isinstance(each, dict) else each
+                print("gap", name, shown, flush=True)
             steps = {str(load): Steps(engine).measure(load) for load in LOADS}
             results["steps"] = list(steps.values())
             for record in steps.values():
