@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +49,9 @@ class Load:
 
     def __str__(self) -> str:
         parts = [f"{self.decodes} decodes behind {self.context}"] if self.decodes else []
-        return ", ".join([*parts, *(f"a chunk of {chunk}" for chunk in self.chunks)])
+        for chunk, count in Counter(self.chunks).items():
+            parts.append(f"a chunk of {chunk}" if count == 1 else f"{count} chunks of {chunk}")
+        return ", ".join(parts)
 
     @property
     def slots(self) -> list[tuple[int, int]]:

@@ -10,8 +10,12 @@ import json
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["PLOTS", "Figure", "draw", "fingerprint_in"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["PLOTS", "Bars", "Figure", "draw", "fingerprint_in"]
 
 PLOTS = "bench/results/plots"
 """Where plots lie, from the repository's root."""
@@ -46,7 +50,27 @@ class Figure:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def draw(figure: Figure, folder: Path) -> None:
+@dataclass(frozen=True)
+class Bars:
+    """What something consists of, as stacked bars.
+
+    Attributes:
+        name: of the file.
+        bars: sizes of the parts by name, by label of the bar.
+    """
+
+    name: str
+    title: str
+    bars: dict[str, dict[str, float]]
+    xlabel: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for figures that show the same."""
+        return hashlib.sha256(json.dumps([_DRAWING, asdict(self)], sort_keys=True).encode()).hexdigest()
+
+
+def draw(figure: Figure | Bars, folder: Path) -> None:
     """Writes the plot. Needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -54,6 +78,28 @@ def draw(figure: Figure, folder: Path) -> None:
     canvas = Canvas(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(canvas)
     axes = canvas.add_subplot()
+    if isinstance(figure, Bars):
+        _draw_bars(figure, axes)
+    else:
+        _draw_lines(figure, axes)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    folder.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(folder / figure.name, dpi=120, metadata={_KEY: figure.fingerprint})
+
+
+def _draw_bars(figure: Bars, axes: Axes) -> None:
+    labels = list(figure.bars)
+    ends = dict.fromkeys(labels, 0.0)
+    for part in dict.fromkeys(part for parts in figure.bars.values() for part in parts):
+        sizes = [figure.bars[label].get(part, 0.0) for label in labels]
+        axes.barh(labels, sizes, left=[ends[label] for label in labels], label=part)
+        ends = {label: ends[label] + size for label, size in zip(labels, sizes, strict=True)}
+    axes.invert_yaxis()
+    axes.set(title=figure.title, xlabel=figure.xlabel)
+
+
+def _draw_lines(figure: Figure, axes: Axes) -> None:
     for label, points in figure.lines.items():
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
@@ -62,10 +108,6 @@ def draw(figure: Figure, folder: Path) -> None:
     axes.set_xticks(batches, [f"{batch:g}" for batch in batches])
     axes.set_ylim(bottom=0)
     axes.set(title=figure.title, xlabel=figure.xlabel, ylabel=figure.ylabel)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    folder.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(folder / figure.name, dpi=120, metadata={_KEY: figure.fingerprint})
 
 
 def fingerprint_in(path: Path) -> str | None:

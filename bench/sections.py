@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
+from bench.chunk_sections import mixed, mixed_figures
 from bench.committed import Committed, Results, facts, shown, table
 from bench.headlines import decode_headline, serving, serving_figures
-from bench.plots import PLOTS, Figure
+from bench.plots import PLOTS, Bars, Figure
+from bench.startup_section import startup, startup_figures
 
 __all__ = ["SECTIONS", "figures"]
 
@@ -95,32 +96,6 @@ def peers(committed: Committed) -> list[str]:
     return lines
 
 
-def startup(committed: Committed) -> list[str]:
-    lines: list[str] = []
-    for results in committed.kind("startup").values():
-        lines += _heading(results, "seconds from the start of the process")
-        batches = sorted({step["batch"] for row in results["startup"] for step in row["steps"]})
-        names = ("ready_s", "first_token_s", "compile_s", "capture_s")
-        head = ["compile", "caches", "ready", "first token", "of which compiling", "capturing"]
-        head += [f"step ms, batch {batch}" for batch in batches]
-        body = []
-        for mode, cache in dict.fromkeys((row["compile"], row["cache"]) for row in results["startup"]):
-            rows = [row for row in results["startup"] if (row["compile"], row["cache"]) == (mode, cache)]
-            steps = {step["batch"]: step["decode_step_ms"] for row in rows for step in row["steps"]}
-            cells = [*(_median(row[name] for row in rows) for name in names), *map(steps.get, batches)]
-            body.append([mode, cache, *map(shown, cells)])
-        lines += [*table(head, body), ""]
-        peers = [each for each in committed.kind("peer").values() if each["shape"] == results["shape"]]
-        lines += [
-            f"- {peer['system']}, for prompts of {_prompts(peer)} tokens: {shown(peer['startup_s'])} s until it took "
-            "requests, with the caches that it found."
-            for peer in peers
-            if "startup_s" in peer
-        ]
-        lines.append("")
-    return lines
-
-
 def attention(committed: Committed) -> list[str]:
     results = committed.files.get("attention")
     if results is None:
@@ -179,6 +154,7 @@ SECTIONS: dict[str, tuple[Callable[[Committed], list[str]], str]] = {
     "headline": (decode_headline, "bench/gpu_round.sh peer"),
     "serving": (serving, "bench/gpu_round.sh peer-serving"),
     "decode": (decode, "bench/gpu_round.sh bench"),
+    "mixed": (mixed, "bench/gpu_round.sh mixed"),
     "peers": (peers, "bench/gpu_round.sh peer"),
     "context": (context, "bench/gpu_round.sh context"),
     "startup": (startup, "bench/gpu_round.sh startup"),
@@ -188,9 +164,9 @@ SECTIONS: dict[str, tuple[Callable[[Committed], list[str]], str]] = {
 """What makes a section, and the command that measures it."""
 
 
-def figures(committed: Committed) -> list[Figure]:
+def figures(committed: Committed) -> list[Figure | Bars]:
     """The plots that the sections show."""
-    made = []
+    made: list[Figure | Bars] = []
     for name, results in committed.kind("decode").items():
         depths = sorted({row["depth"] for row in results["decode"]})
         lines = {f"depth {depth}": _line(results, "decode_step_ms", depth) for depth in depths}
@@ -204,7 +180,7 @@ def figures(committed: Committed) -> list[Figure]:
             for each in systems
         }
         made.append(Figure(f"{name}.png", f"{first['shape']}: decode step beside peers on {first['device']}", lines))
-    return made + serving_figures(committed)
+    return [*made, *serving_figures(committed), *mixed_figures(committed), *startup_figures(committed)]
 
 
 def _line(results: Results, name: str, depth: int | None) -> tuple[tuple[float, float], ...]:
@@ -251,11 +227,6 @@ def _bubble(row: Results) -> str:
 
 def _prompts(results: Results) -> str:
     return ", ".join(map(str, sorted({row["prompt_tokens"] for row in results["decode"]})))
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(statistics.median(known)) if known else None
 
 
 def _heading(results: Results, what: str) -> list[str]:

@@ -94,6 +94,7 @@ class Start:
                 timed_generate(engine, random_prompts(1, shape.prompt_tokens, shape.vocab_size), 1)
                 row: Row = {"imported_s": imported, "ready_s": ready, "first_token_s": seconds_since_start()}
                 row |= {
+                    "stages_s": engine.startup_s,
                     "compile_s": _compile_seconds(),
                     "graphs": len(engine.manifest.graphs),
                     "warmup_s": sum(graph.warmup_s for graph in engine.manifest.graphs),

@@ -103,7 +103,7 @@ def apply_deltas_triton(staging: torch.Tensor, slots: SlotTensors, block_size: i
         MAX_TOKENS=slots.token_ids.shape[1],
         BLOCK_SIZE=block_size,
         CHUNK=1024,
-        num_warps=4,
+        num_warps=1,
     )
 
 
@@ -129,7 +129,13 @@ _SEQUENCE_OFFSET = tl.constexpr(word_of("stop_sequence_offset"))
 _PARAMETERS = tl.constexpr(len(CONTROL))  # where they begin in an entry
 _WORDS = tl.constexpr(parameter_words())
 _NARROW = tl.constexpr(parameter_words(4))
-_WORD_LANES = tl.constexpr(1 << (parameter_words() - 1).bit_length())
+_ENTRY_LANES = tl.constexpr(1 << (ENTRY_WORDS - 1).bit_length())
+
+
+@triton.jit
+def _pick(words, lanes, index: tl.constexpr):
+    """One of the words, as a scalar."""
+    return tl.sum(tl.where(lanes == index, words, 0), axis=0)
 
 
 @triton.jit
@@ -171,26 +177,27 @@ def _apply(
     entry = staging + _HEADER + index * (_ENTRY + STOP_IDS)
     payload = staging + _HEADER + count * (_ENTRY + STOP_IDS)
 
-    # The batch lies in the host's memory, and a read takes a microsecond: all that hangs on nothing else is read at
-    # once, in three rounds (number of entries, entry, payload), and before the first store, which no read may overtake.
-    slot = tl.load(entry + _SLOT)
-    flags = tl.load(entry + _FLAGS)
-    new_query_len = tl.load(entry + _QUERY_LEN)
-    new_seq_len = tl.load(entry + _SEQ_LEN)
-    first_token = tl.load(entry + _FIRST_TOKEN)
-    tokens = tl.load(entry + _TOKENS)
-    token_source = payload + tl.load(entry + _TOKEN_OFFSET)
-    first_block = tl.load(entry + _FIRST_BLOCK)
-    blocks = tl.load(entry + _BLOCKS)
-    block_source = payload + tl.load(entry + _BLOCK_OFFSET)
-    biases = tl.load(entry + _BIASES)
-    bias_source = payload + tl.load(entry + _BIAS_OFFSET)
-    sequences = tl.load(entry + _SEQUENCES)
-    sequence_source = payload + tl.load(entry + _SEQUENCE_OFFSET)
-    word = tl.arange(0, _WORD_LANES)
-    values = tl.load(entry + _PARAMETERS + word, mask=word < _WORDS, other=0)
+    # The batch lies in the host's memory. A read crosses the bus and takes microseconds, so reads are few and wide, by
+    # a single warp, and those that hang on nothing else go together, in three rounds: number of entries, entry,
+    # payload. All come before the first store, which no read may overtake.
+    word = tl.arange(0, _ENTRY_LANES)
+    words = tl.load(entry + word, mask=word < _ENTRY, other=0)
     stop_lane = tl.arange(0, STOP_LANES)
     stops = tl.load(entry + _ENTRY + stop_lane, mask=stop_lane < STOP_IDS, other=-1)
+    slot = _pick(words, word, _SLOT)
+    flags = _pick(words, word, _FLAGS)
+    new_query_len = _pick(words, word, _QUERY_LEN)
+    new_seq_len = _pick(words, word, _SEQ_LEN)
+    first_token = _pick(words, word, _FIRST_TOKEN)
+    tokens = _pick(words, word, _TOKENS)
+    token_source = payload + _pick(words, word, _TOKEN_OFFSET)
+    first_block = _pick(words, word, _FIRST_BLOCK)
+    blocks = _pick(words, word, _BLOCKS)
+    block_source = payload + _pick(words, word, _BLOCK_OFFSET)
+    biases = _pick(words, word, _BIASES)
+    bias_source = payload + _pick(words, word, _BIAS_OFFSET)
+    sequences = _pick(words, word, _SEQUENCES)
+    sequence_source = payload + _pick(words, word, _SEQUENCE_OFFSET)
 
     is_admitted = flags & _ADMIT != 0
     lane = tl.arange(0, CHUNK)
@@ -215,10 +222,11 @@ def _apply(
         is_parked = is_parked * 0
         held_blocks = held_blocks * 0
         seq_len = new_seq_len
-        wide = word - _NARROW
+        parameter = word - _PARAMETERS
+        wide = parameter - _NARROW
         in_wide = (_NARROW + wide // 2 * 2) * STRIDE + 2 * slot + wide % 2
-        place = tl.where(word < _NARROW, word * STRIDE + slot, in_wide)
-        tl.store(parameters + place, values, mask=word < _WORDS)
+        place = tl.where(parameter < _NARROW, parameter * STRIDE + slot, in_wide)
+        tl.store(parameters + place, words, mask=(parameter >= 0) & (parameter < _WORDS))
         tl.store(bias_ids + slot * BIASES + bias_lane, ids, mask=bias_lane < BIASES)
         weights = bits.to(tl.float32, bitcast=True)
         tl.store(bias_values + slot * BIASES + bias_lane, weights, mask=has_bias)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Assembly:
 
     Attributes:
         num_blocks: KV blocks, the reserved one included.
+        startup_s: seconds that each part of the assembly took, by its name, in order.
     """
 
     resolved: ResolvedConfig
@@ -51,6 +53,7 @@ class Assembly:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     tokenizer: Tokenizer | None
+    startup_s: Mapping[str, float] = field(default_factory=dict)
 
 
 def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
@@ -59,6 +62,7 @@ def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
     Raises:
         ConfigError, CaptureError: see Engine.
     """
+    laps = _Laps()
     folder = model_folder(config.model)
     model_config = load_config(folder)
     resolved = resolve(config, model_config)
@@ -85,9 +89,11 @@ def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
         max_stop_sequence_tokens=config.max_stop_sequence_tokens,
     )
     program = DecoderProgram(decoder, loaded.model.lm_head, limits)
+    laps.end("load")
     try:
         num_blocks = _size_cache(config, resolved, runtime, program, decoder, model_config)
         allocate_caches(decoder, num_blocks, config.kv_block_size)
+        laps.end("size the KV cache")
         backend = create_backend(config.backend, runtime)
         manifest = replace(_warm_up(backend, program, progress), settings=settings)
     except torch.OutOfMemoryError as failure:
@@ -95,6 +101,7 @@ def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
             "The model, its KV cache and its largest step do not fit into device memory. Lower num_kv_blocks, "
             "max_num_batched_tokens or max_num_seqs, or use a smaller dtype."
         ) from failure
+    laps.end("warm up")
     return Assembly(
         resolved=resolved,
         backend=backend,
@@ -105,7 +112,20 @@ def assemble(config: EngineConfig, progress: Progress | None) -> Assembly:
         vocab_size=int(model_config.vocab_size),
         eos_token_ids=loaded.eos_token_ids,
         tokenizer=tokenizer,
+        startup_s=laps.seconds,
     )
+
+
+class _Laps:
+    """A stopwatch."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._began = now - self._began, now
 
 
 def _what_decides_captures(config: EngineConfig, resolved: ResolvedConfig, model: str) -> dict[str, object]:

@@ -61,6 +61,7 @@ class Engine:
         parts = parts or assemble(config, progress)
         self.resolved = parts.resolved
         self.manifest: Manifest = parts.manifest
+        self.startup_s = dict(parts.startup_s)
         self.num_kv_blocks = parts.num_blocks - 1
         self.tokenizer = parts.tokenizer
         self._backend = parts.backend

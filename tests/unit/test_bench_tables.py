@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from bench.committed import Committed, shown
-from bench.plots import PLOTS, Figure, draw, fingerprint_in
-from bench.sections import SECTIONS
+from bench.plots import PLOTS, Bars, Figure, draw, fingerprint_in
+from bench.sections import SECTIONS, figures
+from bench.startup_section import startup_figures
 from bench.tables import Page, filled, main
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ PEER: Results = FACTS | {
 STARTUP: Results = FACTS | {
     "startup": [
         {"compile": "layer", "cache": cache, "ready_s": ready, "first_token_s": ready + 1, "compile_s": None}
-        | {"capture_s": 1.5, "steps": steps}
+        | {"imported_s": 1.0, "warmup_s": 4.0, "capture_s": 1.5, "steps": steps}
         for cache, ready, steps in (
             ("cold", 60.0, []),
             ("cold", 70.0, []),
@@ -71,7 +72,24 @@ STARTUP: Results = FACTS | {
         )
     ]
 }
+MIXED: Results = FACTS | {
+    "prompts": [
+        {"sampling": sampling, "prompt_tokens": length, "wall_ms": wall}
+        for sampling, walls in (("greedy", (1.4, 3.5)), ("sampled", (1.5, 3.6)))
+        for length, wall in zip((16, 1000), walls, strict=True)
+    ],
+    "steps": [
+        {"load": "a chunk of 256", "kernels": 262, "replay_ms": 1.52, "busy_ms": 1.41, "eager_unpadded_busy_ms": 1.42}
+    ],
+    "gaps": {
+        "decodes": 64,
+        "in front of a decode step, us": {"p50": 1.92},
+        "in front of a mixed step, us": {"p50": 10.5},
+        "applying a delta, us": {"of the kernel": 6.5},
+    },
+}
 FILES: dict[str, Results] = {
+    "mixed-qwen3-0.6b": MIXED,
     "decode-qwen3-0.6b": DECODE,
     "context-qwen3-0.6b": FACTS
     | {"decode": [decode_row(1, 1, 1.9, 8000)], "eager": [], "skipped": ["batch 256, prompts of 8000: too large"]}
@@ -129,8 +147,9 @@ def test_what_is_made_is_up_to_date_and_making_it_again_changes_nothing(page: Pa
     before = {path: path.read_bytes() for path in (page.readme, *page.plots.iterdir())}
     page.write()
     assert {path: path.read_bytes() for path in before} == before
-    assert {path.name for path in page.plots.iterdir()} == {"decode-qwen3-0.6b.png", "peer-qwen3-0.6b.png"}
-    for name in ("decode-qwen3-0.6b.png", "peer-qwen3-0.6b.png"):
+    drawn = {f"{kind}-qwen3-0.6b.png" for kind in ("decode", "mixed", "peer", "startup")}
+    assert {path.name for path in page.plots.iterdir()} == drawn
+    for name in drawn:
         assert f"]({PLOTS}/{name})" in page.readme.read_text()
 
 
@@ -232,6 +251,29 @@ def test_starts_are_medians_and_stand_beside_those_of_peers() -> None:
     assert "| layer | cold | 65.0 | 66.0 | - | 1.50 | - |" in text
     assert "| layer | warm | 30.0 | 31.0 | - | 1.50 | 2.41 |" in text
     assert "- vllm 0.26.0, for prompts of 128 tokens: 61.4 s until it took requests" in text
+
+
+def test_the_seconds_of_a_start_are_shown_in_the_parts_that_are_known() -> None:
+    (bars,) = (figure for figure in figures(Committed(FILES)) if figure.name == "startup-qwen3-0.6b.png")
+    assert isinstance(bars, Bars)
+    parts = {"importing": 1.0, "loading, sizing, verifying": 23.5, "first runs, compiling": 4.0, "capturing": 1.5}
+    assert bars.bars["layer, warm"] == parts | {"first request": 1.0}
+    staged = {"load": 3.0, "size the KV cache": 10.0, "warm up": 12.0}
+    rows = [row | {"stages_s": staged} for row in STARTUP["startup"]]
+    (bars,) = startup_figures(Committed({"startup-qwen3-0.6b": STARTUP | {"startup": rows}}))
+    assert bars.bars["layer, warm"] == {
+        "importing": 1.0, "loading": 3.0, "sizing the KV cache": 10.0, "first runs, compiling": 4.0, "capturing": 1.5,
+        "verifying": 6.5, "first request": 1.0,
+    }  # fmt: skip
+
+
+def test_steps_with_prompt_chunks_are_shown_with_the_gaps_in_front_of_them() -> None:
+    text = section("mixed")
+    assert "| greedy | 1.40 | 3.50 |" in text
+    assert "| a chunk of 256 | 262 | 1.52 | 1.41 | 1.42 |" in text
+    assert (
+        "in front of a mixed step, at depth 1: 10.5 µs (p50), in which a delta is applied: of the kernel 6.50." in text
+    )
 
 
 def test_graph_memory_is_shown_by_bucket() -> None:
