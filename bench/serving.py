@@ -246,7 +246,7 @@ def main(arguments: list[str]) -> int:
         try:
             code = run(server, given, ["python", "-m", "bench.serving", *arguments])
             stats = server.engine.stats()
-            padding = stats.launched_rows / stats.rows - 1
+            padding = stats.launched_rows / max(stats.rows, 1) - 1
             print(f"{stats.steps} steps, {stats.replays} as graphs, eager: {stats.eager_steps}, {stats.preemptions}")
             print(f"{stats.rows} rows and {padding:.1%} of padding")
             if given.json is not None:

@@ -53,7 +53,8 @@ def startup_figures(committed: Committed) -> list[Bars]:
 def _parts(rows: list[Results]) -> dict[str, float]:
     """Medians of the seconds of each part; they add up to the first token, but for the medians."""
     parts = [_parts_of_one(row) for row in rows]
-    return {name: round(statistics.median(each[name] for each in parts), 3) for name in parts[0]}
+    names = dict.fromkeys(name for each in parts for name in each)
+    return {name: round(statistics.median(each.get(name, 0.0) for each in parts), 3) for name in names}
 
 
 def _parts_of_one(row: Results) -> dict[str, float]:

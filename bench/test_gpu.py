@@ -108,7 +108,7 @@ def test_launch_of_a_step_in_pieces(benchmark: BenchmarkFixture, tmp_path: Path)
             benchmark.pedantic(launch, setup=pipeline.synchronize, rounds=TOKENS - 40, warmup_rounds=20)
             pipeline.synchronize()
             parts.check_moved(contexts, TOKENS - 20)
-    benchmark.extra_info["pieces"] = graph.pieces
+    benchmark.extra_info["breaks"] = graph.breaks
 
 
 @pytest.mark.benchmark(group="host cost of a call")

@@ -55,7 +55,7 @@ class GraphSet:
 
     def mode(self, has_chunks: bool) -> CaptureMode:
         """Whether steps with prompt chunks, or those without, have graphs in pieces."""
-        in_pieces = any(graph.pieces > 1 for key, graph in self._graphs.items() if key.has_chunks is has_chunks)
+        in_pieces = any(graph.breaks for key, graph in self._graphs.items() if key.has_chunks is has_chunks)
         return "piecewise" if in_pieces else "full"
 
     def capture(self, key: GraphKey, work: Callable[[], None], cuts: Cuts = Cuts.NONE) -> Graph:

@@ -52,9 +52,9 @@ def capture_lint(cuts: Cuts = Cuts.NONE) -> Iterator[None]:
     """
 
     def run(call: BreakCall) -> None:
-        token = _in_break.set(cuts.honours(call.optional))
+        token = _in_break.set(_in_break.get() or cuts.honours(call.optional))
         try:
-            call.function(*call.arguments)
+            call.run()
         finally:
             _in_break.reset(token)
 

@@ -28,7 +28,7 @@ class CapturedGraph:
         capture_s: seconds for capturing and instantiating it.
         fingerprint: equal for graphs of equal structure.
         verified: whether its replay was compared with the eager step.
-        pieces: graphs that it consists of: 1, or the segments between its eager breaks.
+        pieces: 1, or one more than its eager breaks.
         launches: how often a kernel is launched, by its name.
         replay_us: microseconds from a launch until the device has done it, median of a few; None if nobody measured.
         launch_us: microseconds of them that the host spends launching.

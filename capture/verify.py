@@ -12,12 +12,12 @@ from graphexec.errors import CaptureError
 from graphexec.plan import GraphKey, RecordLayout
 
 __all__ = [
-    "check_drew_nothing",
     "check_record",
     "check_written",
     "compare",
     "host_generators",
     "poison",
+    "raise_if_drawn",
     "snapshot",
 ]
 
@@ -85,8 +85,8 @@ def host_generators() -> dict[str, bytes]:
     }
 
 
-def check_drew_nothing(key: GraphKey, before: Mapping[str, bytes], after: Mapping[str, bytes]) -> None:
-    """Checks that no generator of the host changed while a step ran: no comparison can verify a step that draws there.
+def raise_if_drawn(key: GraphKey, before: Mapping[str, bytes], after: Mapping[str, bytes]) -> None:
+    """Explains a difference between a step and its graph, if generators of the host have changed meanwhile.
 
     Raises:
         CaptureError: names the key and the generators.
@@ -96,7 +96,7 @@ def check_drew_nothing(key: GraphKey, before: Mapping[str, bytes], after: Mappin
         raise CaptureError(
             f"The {key} draws from {' and '.join(drawn)}, on the host. Its graph repeats for ever what its capture "
             "drew, so it cannot be verified by comparison with an eager step. Draw on the device, from a counter that "
-            "the step keeps there, or in an eager break."
+            "the step keeps there; or, if the numbers are an eager break's, set verify=False."
         )
 
 

@@ -267,8 +267,10 @@ class StepProgram(ABC):
         """Does the host's part of a step: before every launch, and behind the application of the plan's delta.
 
         Like `step` it enqueues device work on the current stream, in the order of steps, e.g. a copy into buffers that
-        a whole graph reads. In a warm-up it follows `exercise`, with a plan that has no delta. After an error the
-        pipeline is broken: the delta is on the device, and its step is not.
+        a whole graph reads. On CUDA it is called in the thread that submits, on the CPU in the stream's when its turn
+        comes, so what it reads on the host should belong to the plan. In a warm-up it follows `exercise`, with a plan
+        that has no delta; for a graph that is captured in the midst of serving it is called once more. Idle steps (no
+        rows) have it, too. After an error the pipeline is broken: the delta is on the device, and its step is not.
         """
 
     @abstractmethod

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -97,6 +97,12 @@ def wait_for_predecessor():
     tl.extra.cuda.gdc_launch_dependents()
 
 
+class Kernel(Protocol):
+    """What `triton.jit` makes of a function."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """A kernel's launch with everything that it needs.
@@ -108,7 +114,7 @@ class Launch:
         options: of the launch, e.g. `num_warps`.
     """
 
-    kernel: Any
+    kernel: Kernel
     grid: tuple[int]
     arguments: Mapping[str, object]
     options: Mapping[str, object]

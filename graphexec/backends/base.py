@@ -27,7 +27,7 @@ class BackendStats:
         controller: bounds, real sizes, padding, and eager steps by reason.
         replays: steps that ran as a graph, whole or in pieces.
         modes: which kind of graph serves "decode", steps without prompt chunks, and "prefill", those with chunks.
-        traffic: steps submitted, by their size.
+        traffic: steps submitted, by their size; idle ones and those of the program's `chunk_variants` are left out.
         rows: of all those steps, padding not included (as the host knew them when it chose a size).
         launched_rows: of all those steps, padding included.
     """
@@ -86,6 +86,8 @@ class ExecutionBackend(ABC):
 
         Raises:
             DeviceError: the device has failed.
+            whatever `work` raises, on CUDA; steps go on behind what it enqueued until then. On the CPU an exception of
+            `work` is one of the device: all later steps fail.
         """
 
     @property

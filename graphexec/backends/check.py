@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graphexec.backends.stepping import cuts_of, keys_of, open_pipeline, rehearse, smallest_keys
+from graphexec.backends.stepping import cuts_of, keys_of, open_pipeline, rehearsal, run_step, smallest_keys
 from graphexec.capture.lint import capture_lint
 from graphexec.config import BackendConfig
 from graphexec.errors import CaptureError
@@ -46,9 +46,11 @@ def check_capturable(program: StepProgram, config: BackendConfig | None = None) 
 
 def _check(program: StepProgram, key: GraphKey, cuts: Cuts) -> None:
     before = [(tensor.data_ptr(), tensor.shape) for tensor in program.state()]
+    step = rehearsal(program, key)
+    program.before_launch(key, step.plan)  # which no graph holds
     try:
         with capture_lint(cuts):
-            rehearse(program, key)
+            run_step(program, step)
     except CaptureError as refusal:
         raise CaptureError(f"The {key} cannot be captured: {refusal}") from None
     after = [(tensor.data_ptr(), tensor.shape) for tensor in program.state()]

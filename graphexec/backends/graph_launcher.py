@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from graphexec.backends.stepping import EagerLauncher, preserved_state, rehearse
+from graphexec.backends.stepping import EagerLauncher, preserved_state, run_step
 from graphexec.backends.warmer import capture_graph
 from graphexec.capture.graph_set import GraphSet, frozen_garbage_collection
 from graphexec.config import BackendConfig
@@ -41,6 +41,7 @@ class GraphLauncher(EagerLauncher):
         self._graphs = graphs
         self._applications: list[Graph] = []
         self._refused: set[GraphKey] = set()
+        self._staged: int | None = None  # the slot of the delta in front of the coming step
         self._config = config
         self._later = later
         self.replays = 0
@@ -61,16 +62,18 @@ class GraphLauncher(EagerLauncher):
             _log.warning("No graphs for deltas: out of memory. They will be applied eagerly.")
 
     def apply(self, staging_slot: int) -> Callable[[], None]:
+        self._staged = staging_slot
         if not self._applications:
             return super().apply(staging_slot)
         return partial(self.pipeline.compute.launch, self._applications[staging_slot])
 
     def step(self, key: GraphKey, plan: StepPlan) -> Callable[[], None]:
+        staged, self._staged = self._staged, None
         graph = self._graphs.get(key)
         if graph is None:
             by_design = self._eager_by_design(key)
             if by_design is None and (self._config.lazy_capture or key in self._later) and key not in self._refused:
-                graph = self._capture_now(key)
+                graph = self._capture_now(RunningStep(key, plan, self.program.host), staged)
             if graph is None:
                 if by_design is None and self._config.strict:
                     raise CaptureError(
@@ -93,15 +96,19 @@ class GraphLauncher(EagerLauncher):
         setting = "prefill" if key.has_chunks else "decode"
         return f"{setting} off" if getattr(self._config, setting) == "off" else None
 
-    def _capture_now(self, key: GraphKey) -> Graph | None:
+    def _capture_now(self, step: RunningStep, staged: int | None) -> Graph | None:
         """Captures in the middle of serving: requests hold their KV blocks, so there is nothing to exercise it with.
 
-        The warm-up runs the coming step itself and takes its effect on the slots back; the KV that it writes, the real
-        step will write again.
+        The warm-up runs the coming step itself, behind the delta in the staging slot, and takes the effect of both on
+        the slots back; the KV that it writes, the real step will write again.
         """
+        compute, key = self.pipeline.compute, step.key
         try:
             with preserved_state(self.program, self.pipeline), frozen_garbage_collection():
-                self.pipeline.compute.run(partial(rehearse, self.program, key))
+                if staged is not None:
+                    compute.run(self.application(staged))
+                compute.run(partial(self.program.before_launch, key, step.plan))
+                compute.run(partial(run_step, self.program, step))
                 self.pipeline.synchronize()
                 return capture_graph(self.program, self._graphs, self._config, key)
         except (CaptureError, torch.OutOfMemoryError) as failure:

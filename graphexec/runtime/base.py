@@ -94,8 +94,8 @@ class Graph(ABC):
 
     @property
     @abstractmethod
-    def pieces(self) -> int:
-        """Graphs that it consists of: one, or those between its eager breaks (on the CPU: as of its latest replay)."""
+    def breaks(self) -> int:
+        """Eager breaks that a replay calls (on the CPU: that its latest replay called)."""
 
     @abstractmethod
     def describe(self) -> GraphInfo:

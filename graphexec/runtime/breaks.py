@@ -1,7 +1,7 @@
 """Eager breaks: operations that a captured step leaves out, and that run as ordinary calls between its pieces.
 
 A program marks them; who captures says with `cutting` what becomes of them; who launches says with `running` for which
-step. A break outlives neither of its inputs nor its outputs: it keeps their addresses.
+step. A captured break keeps no tensor among its arguments, in lists and dicts neither, but its address.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial, update_wrapper
+from functools import update_wrapper
 from typing import overload
 
 import torch
@@ -57,14 +57,26 @@ Prepare = Callable[..., Callable[[], None]]
 class BreakCall:
     """One call of an eager break."""
 
-    function: Callable[..., None]
+    function: Callable[..., object]
     arguments: tuple[object, ...]
     optional: bool = False
     prepare: Prepare | None = None
 
+    def run(self) -> None:
+        """Makes the call at once.
+
+        Raises:
+            CaptureError: it returns something.
+        """
+        if self.function(*self.arguments) is not None:
+            raise CaptureError(
+                f"The eager break {self.function.__qualname__} returns something. What runs behind it was captured, "
+                "and finds its results only where an output of the program's own is: write into an argument."
+            )
+
     def prepared(self) -> Callable[[], None]:
         """The call as every replay makes it."""
-        return partial(self.function, *self.arguments) if self.prepare is None else self.prepare(*self.arguments)
+        return self.run if self.prepare is None else self.prepare(*self.arguments)
 
 
 Cutter = Callable[[BreakCall], None]
@@ -121,7 +133,8 @@ class EagerBreak:
     def prepare(self, function: Prepare) -> Prepare:
         """Marks the function that does, once after a capture, what need not be done in every replay.
 
-        It has the parameters of the break, and returns the call that replays make instead: e.g. a launch whose checks,
+        It has the parameters of the break, knows no running step but a warm-up's, and returns the call that replays
+        make instead: e.g. a launch whose checks,
         views and choices are behind it. The stream of the replays is current. What differs between steps must not be
         settled here, nor may a tensor be kept that the step allocated: keep its address.
         """
@@ -129,14 +142,12 @@ class EagerBreak:
         return function
 
     def _break(self, *arguments: object) -> None:
+        call = BreakCall(self._function, arguments, self.optional, self._prepare)
         cutter, cuts = _cutter.get() or (None, Cuts.NONE)
         if cutter is not None and cuts.honours(self.optional):
-            cutter(BreakCall(self._function, arguments, self.optional, self._prepare))
-        elif self._function(*arguments) is not None:
-            raise CaptureError(
-                f"The eager break {self._function.__qualname__} returns something. What runs behind it was captured, "
-                "and finds its results only where an output of the program's own is: write into an argument."
-            )
+            cutter(call)
+        else:
+            call.run()
 
 
 @overload
@@ -148,7 +159,7 @@ def eager_break(
 def eager_break(
     function: Callable[..., None] | None = None, /, *, writes: Sequence[str] | None = None, optional: bool = False
 ) -> EagerBreak | Callable[[Callable[..., None]], EagerBreak]:
-    """Marks a function that no graph can hold: work that the host plans for each step, or that reads the device.
+    """Marks a function (of positional arguments, no method) that no graph can hold: the host plans it, or it waits.
 
     Captured in pieces, a step is graph, call, graph, call, ...: each replay calls the function again, on the compute
     stream, with the arguments of the capture: tensors at the same addresses, everything else as it was. `running_step`
@@ -177,8 +188,11 @@ def _operator(
     function: Callable[..., None], implementation: Callable[..., None], writes: Sequence[str]
 ) -> Callable[..., None]:
     """Registers `implementation` under the signature of `function`."""
-    name = f"{function.__module__}.{function.__qualname__}".replace(".", "_").replace("<locals>", "local")
-    name = f"{name}_{id(function):x}"  # a function made twice is two breaks
+    plain = f"{function.__module__}.{function.__qualname__}".replace(".", "_").replace("<locals>", "local")
+    name, count = plain, 1
+    while hasattr(torch.ops.graphexec_breaks, name):  # a function made twice is two breaks
+        count += 1
+        name = f"{plain}_{count}"
     schema = torch.library.infer_schema(function, mutates_args=tuple(writes))
     _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

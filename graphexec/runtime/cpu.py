@@ -64,10 +64,11 @@ class CpuEvent(Event):
 
 
 class CpuGraph(Graph):
-    """A call over fixed buffers. How many pieces it has, only its replays tell: nothing runs in its capture."""
+    """A call over fixed buffers, in the context of its capture. How many breaks it has, only its replays tell."""
 
     def __init__(self, work: Callable[[], None], name: str, cuts: Cuts = Cuts.NONE) -> None:
-        self.work = work
+        self._work = work
+        self._context = copy_context()  # frozen, as its numbers are
         self._name = name
         self._cuts = cuts
         self._breaks = 0
@@ -77,19 +78,24 @@ class CpuGraph(Graph):
         return self._cuts is not Cuts.NONE
 
     @property
-    def pieces(self) -> int:
-        return 1 + self._breaks
+    def breaks(self) -> int:
+        return self._breaks
 
-    def replay(self, step: RunningStep | None) -> None:
-        """Runs the call, with its eager breaks, for `step`; only breaks ask for one."""
+    def replay(self, step: RunningStep | None = None) -> None:
+        """Runs the call; its eager breaks, and nothing else, are told `step`."""
+        self._context.run(self._replay, step)
+
+    def _replay(self, step: RunningStep | None) -> None:
         met: list[BreakCall] = []
 
         def run(call: BreakCall) -> None:
             met.append(call)
-            call.prepared()()
+            prepared = call.prepared()
+            with nullcontext() if step is None else running(step), cutting(run, Cuts.NONE):
+                prepared()
 
-        with nullcontext() if step is None else running(step), cutting(run, self._cuts):
-            self.work()
+        with cutting(run, self._cuts):
+            self._work()
         self._breaks = len(met)
 
     def describe(self) -> GraphInfo:
@@ -137,10 +143,7 @@ class CpuStream(Stream):
 
     def launch(self, graph: Graph, step: RunningStep | None = None) -> None:
         assert isinstance(graph, CpuGraph)
-        if graph.has_breaks:
-            self.run(partial(graph.replay, step))
-        else:
-            self.run(graph.work)
+        self.run(partial(graph.replay, step))
 
     def check(self) -> None:
         if self._failure is not None:
@@ -199,9 +202,7 @@ class CpuRuntime(Runtime):
         return None
 
     def capture(self, work: Callable[[], None], stream: Stream, pool: Pool, cuts: Cuts = Cuts.NONE) -> CpuGraph:
-        name = getattr(work, "__qualname__", type(work).__name__)
-        frozen = partial(copy_context().run, work) if cuts is Cuts.NONE else work  # with its context, as a number is
-        return CpuGraph(frozen, name, cuts)
+        return CpuGraph(work, getattr(work, "__qualname__", type(work).__name__), cuts)
 
     def memory(self) -> tuple[int, int]:
         page = os.sysconf("SC_PAGE_SIZE")

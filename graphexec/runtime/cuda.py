@@ -126,6 +126,8 @@ class CudaRuntime(Runtime):
                 finally:
                     torch.cuda.set_sync_debug_mode(sync_mode)
                 recorder.end()
+            # Outside of the pool: what `prepare` of a break allocates would lie where the pieces have activations.
+            with torch.cuda.stream(stream.torch_stream):
                 return recorder.instantiate()
         except BaseException:
             recorder.abandon()

@@ -41,8 +41,8 @@ class CudaGraph(Graph):
         return False
 
     @property
-    def pieces(self) -> int:
-        return 1
+    def breaks(self) -> int:
+        return 0
 
     def close(self) -> None:
         cudart.destroy_executable(self.executable)
@@ -62,8 +62,8 @@ class CudaPieces(Graph):
         return True
 
     @property
-    def pieces(self) -> int:
-        return len(self._graphs)
+    def breaks(self) -> int:
+        return len(self._breaks)
 
     def replay(self) -> None:
         """Enqueues graphs and breaks in their order, the latter on the current stream."""

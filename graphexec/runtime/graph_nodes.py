@@ -83,12 +83,16 @@ class _Addresses:
 
 
 def _mapped() -> list[tuple[int, int]]:
-    """Ranges of addresses that the process has mapped; none where the system does not say."""
+    """Ranges of addresses that the process itself can read; none where the system does not say.
+
+    CUDA reserves others, low ones too, in which two small numbers side by side would seem to lie.
+    """
     try:
         lines = _MAPS.read_text().splitlines()
     except OSError:
         return []
-    ranges = (line.split(" ", 1)[0].split("-") for line in lines)
+    readable = (line.split() for line in lines if line.split()[1].startswith("r") and "/dev/nvidia" not in line)
+    ranges = (fields[0].split("-") for fields in readable)
     return [(int(begin, 16), int(end, 16)) for begin, end in ranges]
 
 

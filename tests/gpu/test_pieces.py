@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -94,7 +94,7 @@ def test_a_break_reads_what_the_pieces_before_it_computed(stream: Stream, graphs
         out.copy_(value)
 
     graph = graphs.capture(FIRST, work, Cuts.MARKED)
-    assert graph.pieces == 6
+    assert graph.breaks == 5
     assert out.max() == 0, "capturing runs nothing"
     for start in (1, 3):
         hidden.fill_(start)
@@ -115,10 +115,48 @@ def test_nothing_between_two_breaks_is_no_piece_and_the_step_is_told(stream: Str
         target.add_(1)
 
     graph = graphs.capture(FIRST, work, Cuts.MARKED)
-    assert (graph.pieces, graph.describe().kernels) == (1, 1)
+    assert (graph.breaks, graph.describe().kernels) == (2, 1)
     for bucket in (8, 4):
         replay(stream, graphs, step=RunningStep(GraphKey("decode", bucket, bucket, "plain"), STEP.plan, None))
         assert (target == bucket + 1).all()
+
+
+@eager_break
+def add_prepared(source: torch.Tensor, target: torch.Tensor) -> None:
+    target.copy_(source + 7)
+
+
+@add_prepared.prepare
+def _(source: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
+    sevens = torch.full_like(source, 7)  # a buffer of its own, filled once
+    torch.cuda.current_stream().synchronize()
+
+    def call() -> None:
+        torch.add(source, sevens, out=target)
+
+    return call
+
+
+def test_what_a_break_prepares_is_made_once_and_lies_beside_the_memory_of_the_pieces(
+    stream: Stream, graphs: GraphSet
+) -> None:
+    hidden, out = filled(1), filled(0)
+
+    def work() -> None:
+        value = hidden
+        for _ in range(6):
+            target = torch.empty_like(value)
+            add_prepared(value * 2, target)
+            value = torch.sin(target) * 0 + target
+        out.copy_(value)
+
+    graphs.capture(FIRST, work, Cuts.MARKED)
+    for _ in range(3):
+        replay(stream, graphs)
+        expected = 1
+        for _ in range(6):
+            expected = 2 * expected + 7
+        assert (out == expected).all()
 
 
 def test_breaks_keep_addresses_and_no_memory(runtime: Runtime, stream: Stream, graphs: GraphSet) -> None:
@@ -184,7 +222,7 @@ def test_compiled_code_is_cut_where_it_calls_a_break(stream: Stream, graphs: Gra
         graph = graphs.capture(FIRST, lambda: out.copy_(compiled(inputs)), Cuts.MARKED)
         replay(stream, graphs)
         assert torch.equal(out, expected)
-        assert graph.pieces == 5
+        assert graph.breaks == 4
         torch.testing.assert_close(out, forward(inputs))
 
 

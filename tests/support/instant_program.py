@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextvars import copy_context
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -23,7 +21,7 @@ from graphexec.pipeline import Pipeline, PipelineHandle
 from graphexec.plan import Delta, DeviceIO, GraphKey, Int32Array, RecordLayout, StepPlan, StepProgram, StepResult
 from graphexec.runtime import CpuRuntime, Stream
 from graphexec.runtime.base import Pool
-from graphexec.runtime.breaks import Cuts, cutting
+from graphexec.runtime.breaks import Cuts, RunningStep, cutting
 from graphexec.runtime.cpu import CpuEvent, CpuGraph, CpuStream
 from graphexec.slots import SlotLimits, SlotState
 
@@ -86,9 +84,8 @@ class WatchedRuntime(CpuRuntime):
                 work()
         finally:
             self._capturing_thread = None
-        if cuts is Cuts.NONE:  # its context is frozen, too
-            work = partial(copy_context().run, work)
-        return _WatchedGraph(work, [(number, number.value) for number in self.frozen], self, cuts)
+        graph = super().capture(work, stream, pool, cuts)
+        return _WatchedGraph(graph, [(number, number.value) for number in self.frozen], self)
 
     def close_stream(self, stream: Stream) -> None:
         self.freed.append("stream")
@@ -122,23 +119,29 @@ class _WatchedEvent(CpuEvent):
 
 
 class _WatchedGraph(CpuGraph):
-    """Replays with the host numbers that it was captured with, as a CUDA graph does."""
+    """A graph of the CPU runtime that replays with the host numbers of its capture, as a CUDA graph does."""
 
-    def __init__(
-        self, work: Callable[[], None], frozen: list[tuple[HostNumber, int]], runtime: WatchedRuntime, cuts: Cuts
-    ) -> None:
-        super().__init__(self._replay, "watched", cuts)
-        self._captured = work
+    def __init__(self, graph: CpuGraph, frozen: list[tuple[HostNumber, int]], runtime: WatchedRuntime) -> None:
+        super().__init__(lambda: None, "watched")
+        self._graph = graph
         self._frozen = frozen
         self._runtime = runtime
 
-    def _replay(self) -> None:
+    @property
+    def has_breaks(self) -> bool:
+        return self._graph.has_breaks
+
+    @property
+    def breaks(self) -> int:
+        return self._graph.breaks
+
+    def replay(self, step: RunningStep | None = None) -> None:
         current = [number.value for number, _ in self._frozen]
         for number, value in self._frozen:
             number.value = value
         self._runtime.replaying = True
         try:
-            self._captured()
+            self._graph.replay(step)
         finally:
             self._runtime.replaying = False
         for (number, _), value in zip(self._frozen, current, strict=True):

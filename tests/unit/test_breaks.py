@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ from graphexec.backends import ExecutionBackend, create_backend
 from graphexec.capture.lint import capture_lint
 from graphexec.config import BackendConfig
 from graphexec.plan import GraphKey, StepPlan
-from graphexec.runtime.breaks import BreakCall, Cuts, cutting, running
+from graphexec.runtime import CpuRuntime, Stream
+from graphexec.runtime.breaks import BreakCall, Cuts, EagerBreak, cutting, running
 from tests.support.instant_program import (
     DECODE,
     PATIENCE_S,
@@ -79,6 +80,73 @@ def test_a_break_that_returns_something_is_refused() -> None:
 
     with pytest.raises(CaptureError, match="wrong returns something.*write into an argument"):
         wrong(torch.ones(1))
+
+
+def test_a_break_that_returns_something_is_refused_by_the_lint_and_in_a_replay_too() -> None:
+    @eager_break
+    def wrong(source: torch.Tensor) -> None:
+        return source + 1  # type: ignore[return-value]
+
+    with capture_lint(Cuts.MARKED), pytest.raises(CaptureError, match="wrong returns something"):
+        wrong(torch.ones(1))
+    graph = CpuRuntime().capture(lambda: wrong(torch.ones(1)), cast(Stream, None), None, Cuts.MARKED)
+    with pytest.raises(CaptureError, match="wrong returns something"):
+        graph.replay(STEP)
+
+
+def test_replays_make_the_call_that_a_break_prepared() -> None:
+    made: list[str] = []
+
+    @eager_break
+    def load(names: list[str]) -> None:
+        names.append("ordinary")
+
+    @load.prepare
+    def _(names: list[str]) -> Callable[[], None]:
+        return lambda: names.append("prepared")
+
+    load(made)
+    CpuRuntime().capture(lambda: load(made), cast(Stream, None), None, Cuts.MARKED).replay(STEP)
+    assert made == ["ordinary", "prepared"]
+
+
+def test_of_a_replay_only_its_breaks_are_told_the_step() -> None:
+    """Everything else was captured: it would repeat what it was told then."""
+    told: list[RunningStep] = []
+
+    @eager_break
+    def ask() -> None:
+        told.append(running_step())
+
+    def work() -> None:
+        told.append(running_step())
+        ask()
+
+    later = RunningStep(STEP.key, StepPlan("plain"), None)
+    with running(STEP):
+        graph = CpuRuntime().capture(work, cast(Stream, None), None, Cuts.MARKED)
+    graph.replay(later)
+    assert told == [STEP, later]
+    assert graph.breaks == 1
+
+
+def test_two_breaks_of_one_name_are_two_operators() -> None:
+    def make(factor: int) -> EagerBreak:
+        @eager_break(writes=("target",))
+        def scale(source: torch.Tensor, target: torch.Tensor) -> None:
+            torch.mul(source, factor, out=target)
+
+        return scale
+
+    twice, thrice = make(2), make(3)
+
+    def model(hidden: torch.Tensor) -> torch.Tensor:
+        out, other = torch.empty_like(hidden), torch.empty_like(hidden)
+        twice(hidden, out)
+        thrice(out, other)
+        return other
+
+    assert torch.compile(model, backend="aot_eager", fullgraph=True)(torch.ones(2)).tolist() == [6, 6]
 
 
 def test_outside_of_a_step_there_is_no_running_step() -> None:
@@ -176,7 +244,8 @@ def make() -> Iterator[Make]:
     ) -> tuple[ExecutionBackend, PlannedProgram]:
         runtime = runtime or WatchedRuntime()
         program = program_type(runtime)
-        backend = create_backend(BackendConfig(name=name, decode=decode, prefill="off", **settings), runtime)
+        given = {"name": name, "decode": decode, "prefill": "off"} | settings
+        backend = create_backend(BackendConfig(**given), runtime)
         backend.prepare(program)
         opened.append((backend, program))
         return backend, program
@@ -267,6 +336,23 @@ def test_the_host_plans_before_each_launch_and_behind_the_delta(make: Make, deco
     backend.submit(DECODE).result(PATIENCE_S)
     assert [id(plan) for _, plan in planner.planned] == [id(plan) for plan in (*plans, DECODE)]
     assert [key.phase for key, _ in planner.planned] == ["prefill", "decode", "decode", "decode"]
+
+
+def test_a_capture_in_the_midst_of_serving_plans_for_the_coming_step_behind_its_delta(make: Make) -> None:
+    backend, program = make(None, HookedProgram, prefill="piecewise", prefill_sizes=(2,), lazy_capture=True)
+    backend.warmup()
+    planner = planner_of(program)
+    plan = admission_plan(program.limits, {0: 10, 1: 20, 2: 30})  # of six rows, which no graph has
+    planner.planned.clear()
+    planner.seen.clear()
+    program.ran.clear()
+    rehearsed: list[int] = []
+    program.on_step = lambda key: rehearsed.append(int((program.state_of_slots.slots.query_lens > 0).sum()))
+    result = backend.submit(plan).result(PATIENCE_S)
+    assert [id(each) for _, each in planner.planned] == [id(plan)] * 2, "once for the capture, once for the step"
+    assert [id(step.plan) for step in planner.seen] == [id(plan)] * 2
+    assert rehearsed == [3, 3], "the capture's rehearsal sees the slots that the delta admits"
+    assert tokens_of(result) == {0: 11, 1: 21, 2: 31}
 
 
 def test_a_plan_that_fails_breaks_the_pipeline_and_not_the_next_one(make: Make) -> None:

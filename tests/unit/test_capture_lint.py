@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from examples.collatz import Collatz
-from graphexec import CaptureError, EngineConfig, GraphKey, check_capturable
+from graphexec import CaptureError, EngineConfig, GraphKey, StepPlan, check_capturable
 from graphexec.capture.lint import capture_lint
 from graphexec.engine.assemble import assemble
 
@@ -94,3 +94,13 @@ def test_the_decoder_can_be_captured(tmp_path: Path) -> None:
     keys = check_capturable(parts.program)
     assert {key.phase for key in keys} == {"decode", "prefill", "mixed"}
     assert {key.variant for key in keys} == {"greedy", "sampled", "shaped", "logprobs"}
+
+
+def test_the_hosts_part_of_a_step_may_read_what_it_likes() -> None:
+    class Planned(Collatz):
+        def before_launch(self, key: GraphKey, plan: StepPlan) -> None:
+            self.plan = self.value.tolist()
+
+    program = Planned(torch.device("cpu"))
+    assert check_capturable(program)
+    assert len(program.plan) == len(program.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -168,6 +169,24 @@ def test_addresses_of_the_hosts_own_memory_are_leftovers_of_padding(answers: Ins
     answers(Launch("gather", [word(5) + left + word(DEVICE_ADDRESS), word(5)[:4] + left + bytes(4)]))
     (node,) = graph_nodes.read_arguments(0)
     assert node.arguments == (Argument(word(5) + bytes(16), (16,), (8,)), Argument(word(5)[:4] + bytes(12), (), (4,)))
+
+
+def test_two_small_numbers_are_no_address_of_what_the_system_merely_reserves(
+    answers: Install, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    maps = tmp_path / "maps"
+    maps.write_text(
+        "200000000-300200000 ---p 00000000 00:00 0\n"
+        "300200000-400000000 rw-s 00000000 00:06 709  /dev/nvidia0\n"
+        "7f0000000000-7f0000100000 r--p 00000000 00:00 0  /usr/lib/libc.so\n"
+    )
+    monkeypatch.setattr(graph_nodes, "_MAPS", maps)
+    pairs = (
+        (300).to_bytes(4, "little") + (2).to_bytes(4, "little") + (9).to_bytes(4, "little") + (3).to_bytes(4, "little")
+    )
+    answers(Launch("gather", [pairs, word(0x7F0000000010)]))
+    (node,) = graph_nodes.read_arguments(0)
+    assert node.arguments == (Argument(pairs), Argument(bytes(8), (), (0,)))
 
 
 def test_words_that_are_not_aligned_or_not_whole_are_no_addresses(answers: Install) -> None:
