@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphexec.errors import CaptureError
-from graphexec.runtime.breaks import BreakCall, Cuts, cutting
+from graphexec.runtime.breaks import BreakCall, Cuts, RunningStep, cutting, running
 
 __all__ = ["capture_lint"]
 
@@ -44,17 +44,21 @@ _NOT_THE_CAUSE = ("torch", __name__, "contextlib")
 
 
 @contextmanager
-def capture_lint(cuts: Cuts = Cuts.NONE) -> Iterator[None]:
+def capture_lint(cuts: Cuts = Cuts.NONE, step: RunningStep | None = None) -> Iterator[None]:
     """Inside, operations that a capture would refuse raise, except in eager breaks that `cuts` honours.
+
+    Those breaks are told `step`, if there is one.
 
     Raises:
         CaptureError: names the operation, why it is refused, and the line that asked for it.
     """
 
     def run(call: BreakCall) -> None:
-        token = _in_break.set(_in_break.get() or cuts.honours(call.optional))
+        is_cut = _in_break.get() or cuts.honours(call.optional)
+        token = _in_break.set(is_cut)
         try:
-            call.run()
+            with running(step) if is_cut and step is not None else nullcontext():
+                call.run()
         finally:
             _in_break.reset(token)
 

@@ -110,7 +110,9 @@ class Manifest:
         except OSError as failure:
             raise ConfigError(f"Cannot read {path}: {failure.strerror}.") from failure
         except (ValueError, KeyError, TypeError) as failure:
-            raise ConfigError(f"{path} is no manifest of captured graphs: {failure}.") from failure
+            raise ConfigError(
+                f"{path} is no manifest of captured graphs, as warmup --report writes it: {failure}."
+            ) from failure
 
     def check(self, device: torch.device, settings: Mapping[str, object]) -> None:
         """Checks that it was made on such a device, by these versions, with these settings.

@@ -65,7 +65,10 @@ class Traffic:
         except OSError as failure:
             raise ConfigError(f"Cannot read {path}: {failure.strerror}.") from failure
         except (ValueError, KeyError, TypeError, AttributeError) as failure:
-            raise ConfigError(f"{path} is no histogram of traffic: {type(failure).__name__}: {failure}.") from failure
+            raise ConfigError(
+                f"{path} is no histogram of traffic, as generate --trace-out writes it: "
+                f"{type(failure).__name__}: {failure}."
+            ) from failure
         if traffic.steps == 0:
             raise ConfigError(f"{path} counts no step: there is no traffic to choose graphs for.")
         return traffic

@@ -153,6 +153,9 @@ def warmup(
         "model": model, "load_format": load_format, "device": device, "dtype": dtype, "compile": compile,
         "max_num_seqs": max_num_seqs, "max_model_len": max_model_len, "overlap_depth": overlap_depth,
     }  # fmt: skip
+    for name, limit in (("--budget-mib", budget_mib), ("--budget-seconds", budget_seconds)):
+        if limit is not None and not limit > 0:
+            raise ConfigError(f"{name}={limit:g} is a budget of nothing: it must be above 0.")
     limits = [math.inf if limit is None else limit for limit in (budget_mib, budget_seconds)]
     wishes = Wishes(
         report=report, compare=compare, tolerance=tolerance, trace=trace,

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from graphexec.backends.stepping import cuts_of, keys_of, open_pipeline, rehearsal, run_step, smallest_keys
+from graphexec.backends.stepping import (
+    captured_step,
+    cuts_of,
+    keys_of,
+    open_pipeline,
+    rehearsal,
+    run_step,
+    smallest_keys,
+)
 from graphexec.capture.lint import capture_lint
 from graphexec.config import BackendConfig
 from graphexec.errors import CaptureError
@@ -49,8 +57,8 @@ def _check(program: StepProgram, key: GraphKey, cuts: Cuts) -> None:
     step = rehearsal(program, key)
     program.before_launch(key, step.plan)  # which no graph holds
     try:
-        with capture_lint(cuts):
-            run_step(program, step)
+        with capture_lint(cuts, step):
+            run_step(program, captured_step(program, key))
     except CaptureError as refusal:
         raise CaptureError(f"The {key} cannot be captured: {refusal}") from None
     after = [(tensor.data_ptr(), tensor.shape) for tensor in program.state()]

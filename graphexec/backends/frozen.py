@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from graphexec.backends.base import Progress
-from graphexec.backends.stepping import cuts_of, keys_of, open_pipeline, preserved_state, rehearsal, rehearse
+from graphexec.backends.stepping import captured_step, cuts_of, keys_of, open_pipeline, preserved_state, rehearse
 from graphexec.capture.frozen import Captures, FrozenCheck, compare_captures, confirmed
 from graphexec.capture.graph_set import GraphSet, frozen_garbage_collection
 from graphexec.config import BackendConfig
@@ -107,7 +107,7 @@ def _capture(program: StepProgram, pipeline: Pipeline, key: GraphKey, cuts: Cuts
     pipeline.runtime.trim()  # the pool begins where the last one began: not every address may be known as one
     graphs = GraphSet(pipeline.runtime, pipeline.compute)
     try:
-        with running(rehearsal(program, key)):
+        with running(captured_step(program, key)):
             return graphs.capture(key, partial(program.step, key), cuts).arguments()
     finally:
         pipeline.synchronize()  # the graph goes to the device in stream order, though nothing launches it

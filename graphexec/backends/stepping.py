@@ -10,12 +10,15 @@ import torch
 
 from graphexec.capture.buckets import BucketTable, Ladders, chunk_slot_ladder, default_ladder, row_ladder
 from graphexec.config import BackendConfig
+from graphexec.errors import ConfigError
 from graphexec.pipeline import Pipeline
 from graphexec.plan import GraphKey, StepPlan, StepProgram
 from graphexec.runtime import Cuts, RunningStep, Runtime, running
+from graphexec.runtime.breaks import CapturedStep
 
 __all__ = [
     "EagerLauncher",
+    "captured_step",
     "cuts_of",
     "keys_of",
     "ladders_of",
@@ -31,6 +34,8 @@ __all__ = [
 ]
 
 _WARMUP_SEED = 20
+_REQUIRED = ("max_slots", "max_rows", "variants", "record", "staging_words")
+"""Attributes of a program without defaults."""
 
 
 def ladders_of(config: BackendConfig, program: StepProgram) -> Ladders:
@@ -57,9 +62,25 @@ def open_pipeline(config: BackendConfig, runtime: Runtime, program: StepProgram)
     """A pipeline with the ladders of `config` for `program`.
 
     Raises:
-        ConfigError: a size does not fit the program.
+        ConfigError: a size does not fit the program, or the program lacks what it must have.
     """
+    _check_program(program)
     return Pipeline(runtime, program, ladders_of(config, program), config.step_timeout_s)
+
+
+def _check_program(program: StepProgram) -> None:
+    missing = [name for name in _REQUIRED if not hasattr(program, name)]
+    if missing:
+        raise ConfigError(f"{type(program).__name__} has no {', '.join(missing)}; see StepProgram.")
+    least = program.max_slots * program.rows_per_slot
+    if program.max_rows < least:
+        raise ConfigError(
+            f"max_rows={program.max_rows} of the program is less than max_slots * rows_per_slot = {least}."
+        )
+    if program.record.max_slots != program.max_slots:
+        raise ConfigError(
+            f"The program's record is made for {program.record.max_slots} slots, and max_slots is {program.max_slots}."
+        )
 
 
 class EagerLauncher:
@@ -134,6 +155,11 @@ def _by_phase_and_variant(keys: Sequence[GraphKey]) -> list[list[GraphKey]]:
 def rehearsal(program: StepProgram, key: GraphKey) -> RunningStep:
     """What eager breaks are told where no request is served."""
     return RunningStep(key, StepPlan(key.variant), program.host)
+
+
+def captured_step(program: StepProgram, key: GraphKey) -> CapturedStep:
+    """What a step is told that is being captured."""
+    return CapturedStep(key, StepPlan(key.variant), program.host)
 
 
 def rehearse(program: StepProgram, key: GraphKey) -> None:

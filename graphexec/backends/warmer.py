@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from graphexec.backends.stepping import cuts_of, rehearsal, run_once, run_step
+from graphexec.backends.stepping import captured_step, cuts_of, rehearsal, run_once, run_step
 from graphexec.capture.graph_set import GraphSet
 from graphexec.capture.manifest import CapturedGraph
 from graphexec.capture.verify import (
@@ -37,7 +37,7 @@ def capture_graph(program: StepProgram, graphs: GraphSet, config: BackendConfig,
     Raises:
         CaptureError: names the step and the cause.
     """
-    with running(rehearsal(program, key)):  # for breaks that the graph goes through
+    with running(captured_step(program, key)):  # for breaks that the graph goes through
         # The work holds nothing of the pipeline: a graph must not be what keeps one.
         return graphs.capture(key, partial(program.step, key), cuts_of(config, key))
 

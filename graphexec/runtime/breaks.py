@@ -6,6 +6,7 @@ step. A captured break keeps no tensor among its arguments, in lists and dicts n
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,7 +20,17 @@ import torch
 from graphexec.errors import CaptureError
 from graphexec.plan import GraphKey, StepPlan
 
-__all__ = ["BreakCall", "Cuts", "EagerBreak", "RunningStep", "cutting", "eager_break", "running", "running_step"]
+__all__ = [
+    "BreakCall",
+    "CapturedStep",
+    "Cuts",
+    "EagerBreak",
+    "RunningStep",
+    "cutting",
+    "eager_break",
+    "running",
+    "running_step",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +39,27 @@ class RunningStep:
 
     Attributes:
         key: its padded shape.
-        plan: what it should do, as it was submitted. In a warm-up it has no delta: `exercise` has set the slots.
+        plan: what it should do, as it was submitted. In a warm-up it has no delta: `exercise` has set the slots. Code
+            that a graph holds may not ask for it: CaptureError.
         host: the program's `host`.
     """
 
     key: GraphKey
     plan: StepPlan
     host: object
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class CapturedStep(RunningStep):
+    """What code that a graph holds finds as its step: whose plan it would be, nobody can say."""
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "plan":
+            raise CaptureError(
+                "running_step().plan is that of one submitted step, and this code is captured: its graph would repeat "
+                "what it found then. Ask for it in an eager break that ends a piece, or in before_launch."
+            )
+        return object.__getattribute__(self, name)
 
 
 class Cuts(Enum):
@@ -70,8 +95,8 @@ class BreakCall:
         """
         if self.function(*self.arguments) is not None:
             raise CaptureError(
-                f"The eager break {self.function.__qualname__} returns something. What runs behind it was captured, "
-                "and finds its results only where an output of the program's own is: write into an argument."
+                f"The eager break {self.function.__qualname__} returns something, which a graph cannot receive. Take "
+                "an output tensor as an argument, write into it, and return None."
             )
 
     def prepared(self) -> Callable[[], None]:
@@ -81,7 +106,7 @@ class BreakCall:
 
 Cutter = Callable[[BreakCall], None]
 
-_running: ContextVar[RunningStep] = ContextVar("graphexec_running_step")
+_running: ContextVar[RunningStep | None] = ContextVar("graphexec_running_step", default=None)
 _cutter: ContextVar[tuple[Cutter, Cuts] | None] = ContextVar("graphexec_cutter", default=None)
 
 
@@ -89,9 +114,14 @@ def running_step() -> RunningStep:
     """The running step, for an eager break.
 
     Raises:
-        LookupError: no step of a backend is running.
+        CaptureError: no step of a backend is running.
     """
-    return _running.get()
+    step = _running.get()
+    if step is None:
+        raise CaptureError(
+            "No step is running. running_step() is for eager breaks; before_launch is given its key and plan."
+        )
+    return step
 
 
 @contextmanager
@@ -118,6 +148,7 @@ class EagerBreak:
     """A function at which a capture in pieces ends one piece and begins the next. Made by `eager_break`."""
 
     def __init__(self, function: Callable[..., None], writes: Sequence[str] | None, optional: bool) -> None:
+        _check_signature(function, writes)
         self.optional = optional
         self._function = function
         self._prepare: Prepare | None = None
@@ -179,6 +210,27 @@ def eager_break(
         return EagerBreak(function, writes, optional)
 
     return mark if function is None else mark(function)
+
+
+def _check_signature(function: Callable[..., None], writes: Sequence[str] | None) -> None:
+    """Refuses what would only be found out at a call.
+
+    Raises:
+        TypeError: says what is wrong with the function or with `writes`.
+    """
+    if not callable(function):
+        raise TypeError(f"@eager_break({function!r}): give `writes=` and `optional=` by name.")
+    names = list(inspect.signature(function).parameters)
+    if names[:1] == ["self"]:
+        raise TypeError(
+            f"{function.__qualname__} is a method, and an eager break is a function: it finds its object as "
+            "running_step().host."
+        )
+    wrong = [writes] if isinstance(writes, str) else [name for name in writes or () if name not in names]
+    if wrong:
+        raise TypeError(
+            f"writes={writes!r} of {function.__qualname__} must be a list of its parameters: {', '.join(names)}."
+        )
 
 
 _LIBRARY = torch.library.Library("graphexec_breaks", "DEF")  # type: ignore[no-untyped-call]  # torch's class

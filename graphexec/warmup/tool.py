@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,12 +109,26 @@ def warm_up(config: EngineConfig, wishes: Wishes, output: Console, notes: Consol
         _compare_modes(config, wishes, captured, output, notes)
     worse: list[str] = []
     if old is not None:
+        _say(notes, *_other_settings(old, captured))
         worse = regressions(old, captured, wishes.tolerance)
         _say(notes, *(f"changed: {sentence}" for sentence in changed_kernels(old, captured)))
         _say(notes, *(f"worse: {sentence}" for sentence in worse))
+        if not worse:
+            _say(notes, f"nothing is worse than in {wishes.compare} (tolerance {wishes.tolerance:g})")
     if wishes.check_frozen:
         _say(notes, *sentences(checks))
     return not worse and not any(check.leaks for check in checks)
+
+
+def _other_settings(old: Manifest, new: Manifest) -> list[str]:
+    """Settings in which the reports differ: what is worse may come from there."""
+    names = dict.fromkeys((*old.settings, *new.settings))
+    here, there = json.loads(json.dumps(dict(new.settings))), old.settings
+    return [
+        f"other setting: {name} is {here.get(name)!r} here and {there.get(name)!r} there"
+        for name in names
+        if here.get(name) != there.get(name)
+    ]
 
 
 def _read(wishes: Wishes) -> tuple[Manifest | None, Traffic | None]:

@@ -52,6 +52,7 @@ def test_one_bad_prompt_costs_the_others_nothing_and_the_exit_code_says_so() -> 
         (["generate", "x", "--config", "/nowhere.toml"], "Cannot read /nowhere.toml"),
         (["warmup", "--report", "/nowhere/report.json"], "Cannot write the report"),
         (["warmup", "--trace", "/nowhere.json"], "give --budget-mib or --budget-seconds"),
+        (["warmup", "--budget-mib", "0"], "--budget-mib=0 is a budget of nothing"),
         (["warmup", "--device", "cpu", "--check-frozen"], "--check-frozen reads captured graphs, and needs CUDA"),
     ],
 )

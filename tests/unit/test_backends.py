@@ -19,7 +19,7 @@ from graphexec.backends import BackendStats, ExecutionBackend, create_backend
 from graphexec.config import BackendConfig
 from graphexec.deltas import SlotDeltas, as_words
 from graphexec.errors import CaptureError, ConfigError, DeviceError, GraphexecError
-from graphexec.plan import GraphKey, StepPlan, StepResult
+from graphexec.plan import GraphKey, RecordLayout, StepPlan, StepResult
 from graphexec.rings import RING_SLOTS
 from graphexec.runtime import CpuRuntime
 from tests.support.instant_program import (
@@ -307,6 +307,27 @@ def test_a_program_that_draws_from_a_generator_of_the_host_is_told_that_it_canno
     bench.program.on_step = lambda key: None
     bench.program.offset.value = 0
     assert tokens_of(bench.admit({0: 10})) == {0: 11}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda program: delattr(program, "staging_words"), "InstantProgram has no staging_words"),
+        (
+            lambda program: setattr(program, "max_rows", 3),
+            "max_rows=3 of the program is less than max_slots . rows_per_slot = 4",
+        ),
+        (lambda program: setattr(program, "record", RecordLayout(2)), "record is made for 2 slots, and max_slots is 4"),
+    ],
+)
+def test_a_program_that_lacks_what_it_must_have_is_refused_by_name(
+    spoil: Callable[[InstantProgram], None], message: str
+) -> None:
+    runtime = WatchedRuntime()
+    program = InstantProgram(small_limits(), runtime)
+    spoil(program)
+    with pytest.raises(ConfigError, match=message):
+        create_backend(BackendConfig(), runtime).prepare(program)
 
 
 def test_draws_that_change_no_result_are_nobodys_business(make: Make) -> None:

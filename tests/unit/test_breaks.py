@@ -78,7 +78,7 @@ def test_a_break_that_returns_something_is_refused() -> None:
     def wrong(source: torch.Tensor) -> None:
         return source + 1  # type: ignore[return-value]
 
-    with pytest.raises(CaptureError, match="wrong returns something.*write into an argument"):
+    with pytest.raises(CaptureError, match="wrong returns something.*Take an output tensor"):
         wrong(torch.ones(1))
 
 
@@ -149,8 +149,29 @@ def test_two_breaks_of_one_name_are_two_operators() -> None:
     assert torch.compile(model, backend="aot_eager", fullgraph=True)(torch.ones(2)).tolist() == [6, 6]
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: eager_break(_Holder.attend), "attend is a method.*running_step...host"),
+        (lambda: eager_break(writes="out")(_scale), "writes='out' of _scale must be a list of its parameters: x, out"),
+        (lambda: eager_break(writes=["nope"])(_scale), "writes=.'nope'. of _scale must be a list.*x, out"),
+        (lambda: eager_break("out"), "by name"),
+    ],
+)
+def test_a_mark_that_cannot_work_is_refused_where_it_stands(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+class _Holder:
+    def attend(self, out: torch.Tensor) -> None: ...
+
+
+def _scale(x: torch.Tensor, out: torch.Tensor) -> None: ...
+
+
 def test_outside_of_a_step_there_is_no_running_step() -> None:
-    with pytest.raises(LookupError):
+    with pytest.raises(CaptureError, match="No step is running"):
         running_step()
     with running(STEP):
         assert running_step() is STEP
@@ -279,14 +300,18 @@ def test_a_break_is_told_its_own_steps_plan_with_steps_in_flight(make: Make, dec
 
 
 @pytest.mark.parametrize("decode", [None, "piecewise", "full"])
-def test_pieces_are_told_the_plan_and_a_whole_graph_keeps_that_of_its_capture(make: Make, decode: Mode | None) -> None:
+def test_pieces_are_told_the_plan_and_nothing_in_a_whole_graph_may_ask_for_it(make: Make, decode: Mode | None) -> None:
     backend, program = make(decode, verify=False)
     backend.warmup()
     planner_of(program).number.value = 1
     planner_of(program).seen.clear()
     backend.submit(admission_plan(program.limits, {0: 10}))  # a chunk of two tokens, which runs eagerly
     assert tokens_of(backend.submit(DECODE).result(PATIENCE_S)) == {0: 14}
-    assert (planner_of(program).seen[-1].plan is DECODE) is (decode != "full")
+    if decode == "full":
+        with pytest.raises(CaptureError, match="plan is that of one submitted step, and this code is captured"):
+            _ = planner_of(program).seen[-1].plan
+    else:
+        assert planner_of(program).seen[-1].plan is DECODE
     assert backend.stats().modes == {"decode": "full" if decode == "full" else "piecewise", "prefill": "off"}
 
 

@@ -9,8 +9,18 @@ import pytest
 import torch
 
 from examples.collatz import Collatz
-from graphexec import CaptureError, EngineConfig, GraphKey, StepPlan, check_capturable
+from graphexec import (
+    BackendConfig,
+    CaptureError,
+    EngineConfig,
+    GraphKey,
+    StepPlan,
+    check_capturable,
+    eager_break,
+    running_step,
+)
 from graphexec.capture.lint import capture_lint
+from graphexec.config import CaptureMode
 from graphexec.engine.assemble import assemble
 
 VALUES = torch.tensor([3, 0, 2])
@@ -104,3 +114,19 @@ def test_the_hosts_part_of_a_step_may_read_what_it_likes() -> None:
     program = Planned(torch.device("cpu"))
     assert check_capturable(program)
     assert len(program.plan) == len(program.value)
+
+
+@eager_break(optional=True)
+def _look_at_the_plan() -> None:
+    assert running_step().plan.variant == "plain"
+
+
+@pytest.mark.parametrize("decode", [None, "full", "piecewise"])
+def test_code_that_a_graph_would_hold_may_not_ask_for_the_plan(decode: CaptureMode | None) -> None:
+    program = Changed(lambda program: _look_at_the_plan())
+    config = BackendConfig(decode=decode)
+    if decode == "piecewise":
+        assert check_capturable(program, config)
+    else:
+        with pytest.raises(CaptureError, match="cannot be captured: running_step.*plan is that of one submitted step"):
+            check_capturable(program, config)
