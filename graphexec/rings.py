@@ -88,7 +88,7 @@ class OutputRing:
 
 
 class StagingRing:
-    """Pinned buffers in which deltas wait for the device, which reads them where they are: a copy would take longer.
+    """Pinned buffers in which deltas wait for the device, which reads them where they are: no copy is enqueued.
 
     A slot retires by an event behind the device's read of it: before that the host must not refill it (F4).
     """

@@ -246,8 +246,8 @@ def _operator(
         count += 1
         name = f"{plain}_{count}"
     schema = torch.library.infer_schema(function, mutates_args=tuple(writes))
-    _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]  # torch's methods
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]  # likewise
     torch.library.register_fake(f"graphexec_breaks::{name}", lambda *arguments: None, lib=_LIBRARY)
     operator: Callable[..., None] = getattr(torch.ops.graphexec_breaks, name).default
     return operator

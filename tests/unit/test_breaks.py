@@ -76,7 +76,7 @@ def test_a_capture_cuts_at_the_breaks_that_it_honours(cuts: Cuts, cut: list[str]
 def test_a_break_that_returns_something_is_refused() -> None:
     @eager_break
     def wrong(source: torch.Tensor) -> None:
-        return source + 1  # type: ignore[return-value]
+        return source + 1  # type: ignore[return-value]  # what is refused
 
     with pytest.raises(CaptureError, match="wrong returns something.*Take an output tensor"):
         wrong(torch.ones(1))
@@ -85,7 +85,7 @@ def test_a_break_that_returns_something_is_refused() -> None:
 def test_a_break_that_returns_something_is_refused_by_the_lint_and_in_a_replay_too() -> None:
     @eager_break
     def wrong(source: torch.Tensor) -> None:
-        return source + 1  # type: ignore[return-value]
+        return source + 1  # type: ignore[return-value]  # what is refused
 
     with capture_lint(Cuts.MARKED), pytest.raises(CaptureError, match="wrong returns something"):
         wrong(torch.ones(1))
@@ -340,7 +340,7 @@ def test_the_manifest_counts_the_pieces_of_verified_graphs_and_times_them(make: 
 
 def test_an_unknown_mode_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="decode='piecewize' is not possible.*'full', 'piecewise' or 'off'"):
-        BackendConfig(decode="piecewize")  # type: ignore[arg-type]
+        BackendConfig(decode="piecewize")  # type: ignore[arg-type]  # what is refused
 
 
 # -- the host's part of a step
